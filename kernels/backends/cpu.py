@@ -1,0 +1,189 @@
+"""The CPU, and a paged attention for it on torch's fused SDPA.
+
+Attention goes sequence by sequence. Where a sequence's blocks follow each other in the cache,
+which is usual with few requests, its keys and values are views of the cache and nothing is
+copied; otherwise its used blocks are gathered. Grouped query heads become rows (decode) or a
+broadcast dimension (prefill), so kv heads are never repeated in memory.
+"""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from squall.kernels.backends.device import Backend
+
+# Query rows handled at once where a mask is needed: bounds the mask and skips unseen keys.
+_ROWS = 256
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    max_query_len: int,
+    max_context_len: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """``squall.kernels.attention.paged`` on the CPU; rows outside every sequence are zero."""
+    starts, contexts = query_start.tolist(), context_lens.tolist()
+    whole = len(contexts) == 1 and starts[1] == q.shape[0] and contexts[0] > 0
+    out = q if whole else torch.zeros(q.shape, dtype=q.dtype)
+    for s, context in enumerate(contexts):
+        begin, end = starts[s], starts[s + 1]
+        if begin == end or context == 0:
+            continue
+        first = max(0, context - (end - begin) + 1 - window) if window else 0
+        k, v = _pages(k_cache, v_cache, block_tables[s], first, context)
+        if k.dtype != q.dtype:
+            k, v = k.to(q.dtype), v.to(q.dtype)
+        rows = q if whole else q[begin:end]
+        values = _sequence(rows, k, v, scale, window, softcap)
+        if whole:
+            return values
+        out[begin:end] = values
+    return out
+
+
+def _pages(
+    k_cache: Tensor, v_cache: Tensor, table: Tensor, first: int, end: int
+) -> tuple[Tensor, Tensor]:
+    """Keys and values [first, end) of one sequence, ``[end - first, KV, D]``."""
+    blocks, block_size, heads, dim = k_cache.shape
+    low = first // block_size
+    used = table[low : (end + block_size - 1) // block_size].tolist()
+    if used == list(range(used[0], used[0] + len(used))):
+        start, slots = used[0] * block_size + first - low * block_size, blocks * block_size
+        return (
+            k_cache.view(slots, heads, dim).narrow(0, start, end - first),
+            v_cache.view(slots, heads, dim).narrow(0, start, end - first),
+        )
+    index, slots, start = torch.tensor(used), len(used) * block_size, first - low * block_size
+    return (
+        k_cache.index_select(0, index).view(slots, heads, dim).narrow(0, start, end - first),
+        v_cache.index_select(0, index).view(slots, heads, dim).narrow(0, start, end - first),
+    )
+
+
+def _sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    """``q [n, H, D]``, the last n positions of ``k``, ``v`` ``[c, KV, D]``, to dense [n, H, D].
+
+    The first key is one that the first query sees.
+    """
+    n, heads, dim = q.shape
+    context, kv_heads = k.shape[:2]
+    if softcap:
+        attend = _softcapped
+    elif n == 1:
+        # Every key is visible. Heads of a group are the rows of one small problem a kv head.
+        rows = q.reshape(kv_heads, 1, heads // kv_heads, dim)
+        k, v = k.transpose(0, 1).unsqueeze(1), v.transpose(0, 1).unsqueeze(1)
+        return F.scaled_dot_product_attention(rows, k, v, scale=scale).reshape(1, heads, dim)
+    else:
+        attend = _fused
+    if n == context and not window and not softcap:
+        return attend(q, k, v, None, scale, softcap)
+    out = torch.empty((n, heads, dim), dtype=q.dtype)
+    for low in range(0, n, _ROWS):
+        high = min(n, low + _ROWS)
+        first = max(0, context - n + low + 1 - window) if window else 0
+        end = context - n + high
+        positions = torch.arange(context - n + low, end).unsqueeze(1)
+        keys = torch.arange(first, end)
+        visible = keys <= positions
+        if window:
+            visible &= keys > positions - window
+        values = attend(q[low:high], k[first:end], v[first:end], visible, scale, softcap)
+        out[low:high] = values
+    return out
+
+
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """SDPA; causal over all keys when ``visible`` is None."""
+    n, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    rows = q.view(n, kv_heads, group, dim).permute(1, 2, 0, 3)
+    k = k.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+    v = v.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+    out = F.scaled_dot_product_attention(
+        rows, k, v, attn_mask=visible, is_causal=visible is None, scale=scale
+    )
+    return out.permute(2, 0, 1, 3).reshape(n, heads, dim)
+
+
+def _softcapped(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """SDPA has no softcap: scores as a matrix, float32."""
+    assert visible is not None
+    n, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    rows = q.float().view(n, kv_heads, -1, dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
+    scores = torch.bmm(rows, k.float().permute(1, 2, 0)).mul_(scale / softcap).tanh_().mul_(softcap)
+    scores = scores.view(kv_heads, -1, n, k.shape[0]).masked_fill_(~visible, float("-inf"))
+    weights = scores.softmax(-1).view(kv_heads, -1, k.shape[0])
+    values = torch.bmm(weights, v.float().transpose(0, 1)).view(kv_heads, -1, n, dim)
+    return values.permute(2, 0, 1, 3).reshape(n, heads, dim).to(q.dtype)
+
+
+def _read_int(path: Path) -> int | None:
+    """A cgroup number; None when absent or "max"."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """The machine's, or the control group's (v2) where that is smaller.
+
+    Where the system does not say what is free (macOS), half of the total counts as free.
+    """
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = total // 2
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = (line.split() for line in meminfo.read_text().splitlines())
+        kib = {words[0]: int(words[1]) for words in lines}
+        free = kib["MemAvailable:"] * 1024
+    limit = _read_int(Path("/sys/fs/cgroup/memory.max"))
+    if limit is not None and limit < total:
+        used = _read_int(Path("/sys/fs/cgroup/memory.current")) or 0
+        total, free = limit, max(0, min(free, limit - used))
+    return free, total
+
+
+def _describe(device: torch.device) -> str:
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+BACKEND = Backend(
+    type="cpu",
+    dispatch_key="CPU",
+    rank=9,
+    available=lambda: None,
+    count=lambda: 1,
+    describe=_describe,
+    synchronize=lambda device: None,
+    memory=_memory,
+    default_dtype=lambda device: torch.float32,
+    overrides={"paged_attention": paged_attention},
+)

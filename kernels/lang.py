@@ -1,0 +1,53 @@
+"""Triton where it is installed, and stand-ins where it is not (macOS, Windows).
+
+Kernel files take ``triton`` and ``tl`` from here, so that their torch references work without
+Triton. A stand-in kernel cannot be launched: doing so raises ``RuntimeError``.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["HAS_TRITON", "next_power_of_2", "tl", "triton"]
+
+
+class _MissingKernel:
+    """What ``@triton.jit`` gives without Triton."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        raise RuntimeError(f"kernel {self._name} needs Triton, which is not installed")
+
+
+class _MissingTriton:
+    """The part of the ``triton`` module that kernel files use while they are imported."""
+
+    @staticmethod
+    def jit(fn: Callable[..., Any] | None = None, **_options: object) -> Any:
+        if fn is None:
+            return lambda decorated: _MissingKernel(decorated.__name__)
+        return _MissingKernel(fn.__name__)
+
+
+class _MissingLanguage:
+    """The part of ``triton.language`` that kernel signatures use."""
+
+    constexpr = None
+
+
+triton: Any = _MissingTriton()
+tl: Any = _MissingLanguage()
+HAS_TRITON = False
+try:
+    import triton as _triton
+    import triton.language as _language
+except ImportError:
+    pass
+else:
+    triton, tl, HAS_TRITON = _triton, _language, True
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least ``n`` (``n >= 1``)."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,265 @@
+"""GGUF metadata as the ``config.json`` that transformers would write for the same model.
+
+What a file leaves out gets llama.cpp's default. A new architecture is a row of ``ARCHITECTURES``
+(and one of ``gguf_names.NAME_MAPS``). Key names: ggml's docs/gguf.md and llama.cpp's
+``llama-arch.cpp``; defaults: its ``load_hparams``.
+"""
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from squall.loaders.errors import ModelLoadError
+from squall.loaders.gguf import GGUFFile
+
+_ROPE_FREQS = "rope_freqs.weight"
+_LAYERS_LIMIT = 512  # llama.cpp's LLAMA_MAX_LAYERS
+_SIZE_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One value of ``general.architecture``."""
+
+    hf_class: str
+    model_type: str
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # config entries no key speaks about
+    extend: Callable[["_Source", dict[str, Any]], dict[str, Any]] | None = None
+
+
+class _Source:
+    """Reads the keys of one architecture: ``size("block_count")`` is ``llama.block_count``."""
+
+    def __init__(self, file: GGUFFile, architecture: str) -> None:
+        self.file = file
+        self.architecture = architecture
+
+    def key(self, suffix: str) -> str:
+        return f"{self.architecture}.{suffix}"
+
+    def fail(self, suffix: str, message: str) -> ModelLoadError:
+        return ModelLoadError(f"{self.file.path}: metadata key {self.key(suffix)!r}: {message}")
+
+    def has(self, suffix: str) -> bool:
+        return self.key(suffix) in self.file.metadata
+
+    def size(self, suffix: str, default: int | None = None, minimum: int = 1) -> int:
+        """A count; one for each layer is taken when all layers agree."""
+        key = self.key(suffix)
+        if not self.has(suffix) and default is not None:
+            return default
+        value: Any
+        if isinstance(self.file.metadata.get(key), int | None):
+            value = self.file.get_int(key)
+        else:
+            values = self.file.get_list(key)
+            if len(set(map(str, values))) != 1 or type(values[0]) is not int:
+                raise self.fail(
+                    suffix, "is not one count: it differs from layer to layer or holds no counts"
+                )
+            value = values[0]
+        if not minimum <= value <= _SIZE_LIMIT:
+            raise self.fail(suffix, f"{value} is not in [{minimum}, {_SIZE_LIMIT}]")
+        return int(value)
+
+    def positive(self, suffix: str, default: float | None = None) -> float:
+        """A finite number above zero."""
+        key = self.key(suffix)
+        value = self.file.get_float(key) if default is None else self.file.get_float(key, default)
+        if not (math.isfinite(value) and value > 0):
+            raise self.fail(suffix, f"{value} is not a number above 0")
+        return value
+
+
+def gguf_config(file: GGUFFile) -> dict[str, Any]:
+    """The config of the model in ``file``, with transformers' keys (4.x spelling).
+
+    ``rope_scaling`` of a file with a ``rope_freqs.weight`` tensor is
+    ``{"rope_type": "factors", "factors": [...], "tensor": "rope_freqs.weight"}``: each rotary
+    frequency is divided by its factor. ModelLoadError: an architecture or a setting that is not
+    supported, or a key that is missing or makes no sense.
+    """
+    name = file.get_str("general.architecture")
+    architecture = ARCHITECTURES.get(name)
+    if architecture is None:
+        near = difflib.get_close_matches(name, ARCHITECTURES, 1, 0.5)
+        hint = f"; nearest: {near[0]}" if near else ""
+        raise ModelLoadError(
+            f"{file.path}: GGUF architecture {name[:80]!r} is not supported{hint}; "
+            f"supported: {', '.join(ARCHITECTURES)}"
+        )
+    source = _Source(file, name)
+    if source.size("expert_count", 0, minimum=0):
+        raise source.fail("expert_count", "mixtures of experts are not supported in GGUF files")
+    sizes = _sizes(source)
+    config: dict[str, Any] = {
+        "architectures": [architecture.hf_class],
+        "model_type": architecture.model_type,
+        **architecture.fixed,
+        **sizes,
+        **_rope(source, sizes["head_dim"]),
+        **_tensors_say(file),
+        "rms_norm_eps": source.positive("attention.layer_norm_rms_epsilon"),
+    }
+    for key, entry in (("bos_token_id", "bos"), ("eos_token_id", "eos")):
+        token = file.get_int(f"tokenizer.ggml.{entry}_token_id", None)
+        if token is not None:
+            config[key] = token
+    return config | (architecture.extend(source, config) if architecture.extend else {})
+
+
+def _sizes(source: _Source) -> dict[str, Any]:
+    hidden = source.size("embedding_length")
+    layers = source.size("block_count")
+    if layers > _LAYERS_LIMIT:
+        raise source.fail("block_count", f"{layers} layers; at most {_LAYERS_LIMIT} are accepted")
+    heads = source.size("attention.head_count")
+    kv_heads = source.size("attention.head_count_kv", heads)
+    if heads % kv_heads:
+        raise source.fail("attention.head_count_kv", f"{kv_heads} does not divide {heads} heads")
+    head_dim = source.size("attention.key_length", hidden // heads)
+    for suffix in ("attention.value_length", "rope.dimension_count"):
+        if (value := source.size(suffix, head_dim)) != head_dim:
+            raise source.fail(suffix, f"{value} is not the head size {head_dim}: not supported")
+    return {
+        "vocab_size": _vocab_size(source),
+        "hidden_size": hidden,
+        "intermediate_size": source.size("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": source.size("context_length"),
+    }
+
+
+def _vocab_size(source: _Source) -> int:
+    """Rows of the embedding; in a file without weights what the metadata says."""
+    file = source.file
+    tokens = len(file.get_list("tokenizer.ggml.tokens", []))
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None:
+        return source.size("vocab_size", tokens or None)
+    rows = embedding.shape[0]
+    if len(embedding.shape) != 2 or rows < tokens:
+        raise ModelLoadError(
+            f"{file.path}: tensor 'token_embd.weight' has shape {list(embedding.shape)}, the "
+            f"vocabulary {tokens} tokens"
+        )
+    return rows
+
+
+def _rope(source: _Source, head_dim: int) -> dict[str, Any]:
+    theta = source.positive("rope.freq_base", 10000.0)
+    kind = source.file.get_str(source.key("rope.scaling.type"), "linear")
+    old = source.file.get_float(source.key("rope.scale_linear"), 0.0)
+    factor = source.file.get_float(source.key("rope.scaling.factor"), old) or 1.0
+    if not (math.isfinite(factor) and factor > 0):
+        raise source.fail("rope.scaling.factor", f"{factor} is not a number above 0")
+    scaling: dict[str, Any] | None = None
+    if kind == "yarn":
+        scaling = _yarn(source, factor)
+    elif kind == "linear":
+        scaling = {"rope_type": "linear", "factor": factor} if factor != 1.0 else None
+    elif kind != "none":
+        raise source.fail("rope.scaling.type", f"{kind!r} is not one of none, linear, yarn")
+    if _ROPE_FREQS in source.file.tensors:
+        if scaling is not None:
+            raise source.fail(
+                "rope.scaling.type", f"{kind!r} together with tensor {_ROPE_FREQS!r}: not supported"
+            )
+        scaling = _rope_factors(source.file, head_dim // 2)
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _yarn(source: _Source, factor: float) -> dict[str, Any]:
+    """llama.cpp multiplies cos and sin by ``(1 + 0.1 ln factor) * rope.scaling.attn_factor``."""
+    if source.positive("rope.scaling.yarn_ext_factor", 1.0) != 1.0:
+        raise source.fail("rope.scaling.yarn_ext_factor", "only 1 is supported")
+    attention = source.positive("rope.scaling.attn_factor", 1.0)
+    return {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": source.size(
+            "rope.scaling.original_context_length", source.size("context_length")
+        ),
+        "beta_fast": source.positive("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": source.positive("rope.scaling.yarn_beta_slow", 1.0),
+        "attention_factor": attention * (1.0 + 0.1 * math.log(max(factor, 1.0))),
+    }
+
+
+def _rope_factors(file: GGUFFile, count: int) -> dict[str, Any]:
+    """Divisors of the ``count`` rotary frequencies (llama.cpp's form of Llama 3's scaling)."""
+    factors = file.dense(_ROPE_FREQS).flatten().tolist()
+    if len(factors) != count:
+        raise ModelLoadError(
+            f"{file.path}: tensor {_ROPE_FREQS!r} has {len(factors)} values; the head size asks "
+            f"for {count}"
+        )
+    if not all(math.isfinite(factor) and factor > 0 for factor in factors):
+        raise ModelLoadError(f"{file.path}: tensor {_ROPE_FREQS!r} has values that are not above 0")
+    return {"rope_type": "factors", "factors": factors, "tensor": _ROPE_FREQS}
+
+
+def _tensors_say(file: GGUFFile) -> dict[str, Any]:
+    """Settings that GGUF expresses by which tensors there are."""
+    return {
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+    }
+
+
+def _extend_gemma3(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    """Sliding layers, their rope base and the attention scale.
+
+    llama.cpp tells the 27B model, whose scale goes by ``hidden / heads``, by its 62 layers.
+    """
+    layers, head_dim = config["num_hidden_layers"], config["head_dim"]
+    largest = layers == 62
+    window = source.size("attention.sliding_window", 0, minimum=0)
+    sliding = _sliding_layers(source, layers) if window else [False] * layers
+    softcap = source.file.get_float(source.key("final_logit_softcapping"), 0.0)
+    return {
+        "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
+        "sliding_window": window or None,
+        "rope_local_base_freq": source.positive("rope.freq_base_swa", 10000.0),
+        "query_pre_attn_scalar": (
+            config["hidden_size"] // config["num_attention_heads"] if largest else head_dim
+        ),
+        "final_logit_softcapping": softcap or None,
+    }
+
+
+def _sliding_layers(source: _Source, layers: int) -> list[bool]:
+    """Which layers have a window: flags, or all but every n-th layer (6th by default)."""
+    key = source.key("attention.sliding_window_pattern")
+    if isinstance(source.file.metadata.get(key), int | None):
+        period = source.size("attention.sliding_window_pattern", 6, minimum=0)
+        return [period == 0 or i % period < period - 1 for i in range(layers)]
+    flags = source.file.get_list(key)
+    if len(flags) != layers:
+        raise source.fail(
+            "attention.sliding_window_pattern", f"{len(flags)} flags for {layers} layers"
+        )
+    return [bool(flag) for flag in flags]
+
+
+ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
+    {
+        "llama": Architecture("LlamaForCausalLM", "llama", {"hidden_act": "silu"}),
+        "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", {"hidden_act": "silu"}),
+        "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", {"hidden_act": "silu"}),
+        "gemma3": Architecture(
+            "Gemma3ForCausalLM",
+            "gemma3_text",
+            {"hidden_activation": "gelu_pytorch_tanh", "attn_logit_softcapping": None},
+            _extend_gemma3,
+        ),
+    }
+)
+"""By ``general.architecture``."""

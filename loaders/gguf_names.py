@@ -1,0 +1,115 @@
+"""Hugging Face parameter names and the GGUF tensors that hold them.
+
+One ``NameMap`` for each architecture, as data. Besides the names it says what llama.cpp's
+converter changed on the way, so that a loader can undo or account for it. Names: the ``gguf``
+package's ``tensor_mapping``.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+_PARAMETER = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<module>.+)\.(?P<kind>weight|bias)")
+_TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.(?P<module>.+)\.(?P<kind>weight|bias)")
+
+_OUTER = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
+_BLOCK = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_QK_NORM = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
+_GEMMA_NORMS = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """The tensors of one GGUF architecture.
+
+    ``block`` and ``outer`` map modules (names without ``.weight`` / ``.bias``), inside the layers
+    and outside. ``permuted`` maps the block modules whose rows llama.cpp reorders for its
+    adjacent-pair rope to the config key with their number of heads. ``norm_shift`` is what the
+    converter added to every norm weight. ``consumed`` are tensors that are no parameters: the
+    config carries what they say.
+    """
+
+    block: Mapping[str, str]
+    outer: Mapping[str, str] = field(default_factory=lambda: _OUTER)
+    permuted: Mapping[str, str] = field(default_factory=dict)
+    norm_shift: float = 0.0
+    consumed: frozenset[str] = frozenset({"rope_freqs.weight"})
+
+    def gguf_name(self, parameter: str) -> str:
+        """``model.layers.3.self_attn.q_proj.weight`` -> ``blk.3.attn_q.weight``.
+
+        KeyError: the architecture has no such parameter.
+        """
+        match = _PARAMETER.fullmatch(parameter)
+        if match:
+            return f"blk.{match['layer']}.{self.block[match['module']]}.{match['kind']}"
+        module, _, kind = parameter.rpartition(".")
+        return f"{self.outer[module]}.{kind}"
+
+    def parameter_name(self, tensor: str) -> str | None:
+        """The inverse of ``gguf_name``; None for a tensor that is no parameter."""
+        match = _TENSOR.fullmatch(tensor)
+        table = self.block if match else self.outer
+        stem, _, kind = (match["module"], "", match["kind"]) if match else tensor.rpartition(".")
+        module = next((module for module, name in table.items() if name == stem), None)
+        if module is None or kind not in ("weight", "bias"):
+            return None
+        return f"model.layers.{match['layer']}.{module}.{kind}" if match else f"{module}.{kind}"
+
+    def permuted_heads(self, parameter: str, config: Mapping[str, Any]) -> int:
+        """Heads to ``unpermute_rows`` of a parameter by; 0: its rows are in order."""
+        match = _PARAMETER.fullmatch(parameter)
+        key = self.permuted.get(match["module"]) if match else None
+        return int(config[key]) if key else 0
+
+
+NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
+    {
+        "llama": NameMap(
+            block=_BLOCK,
+            permuted={
+                "self_attn.q_proj": "num_attention_heads",
+                "self_attn.k_proj": "num_key_value_heads",
+            },
+        ),
+        "qwen2": NameMap(block=_BLOCK),
+        "qwen3": NameMap(block=_BLOCK | _QK_NORM),
+        "gemma3": NameMap(block=_BLOCK | _QK_NORM | _GEMMA_NORMS, norm_shift=1.0),
+    }
+)
+"""By ``general.architecture``; the same keys as ``gguf_config.ARCHITECTURES``."""
+
+
+def unpermute_rows(rows: Tensor, heads: int) -> Tensor:
+    """Put the rows of a llama q or k projection back into Hugging Face's order.
+
+    ``rows``: ``[heads * D, ...]``, weights, biases or the raw bytes of quantised rows. llama.cpp
+    stores row ``i`` and row ``i + D/2`` of a head next to each other (rope on adjacent pairs);
+    half-split rope wants them ``D/2`` apart. Returns a new tensor of the same shape.
+    """
+    assert heads > 0, heads
+    assert rows.shape[0] % (2 * heads) == 0, (tuple(rows.shape), heads)
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)

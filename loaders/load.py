@@ -1,0 +1,128 @@
+"""``Checkpoint``: opened model files, from which come the decoder and what the front-end needs."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from squall.loaders.chat_template import ChatTemplate, load_chat_template
+from squall.loaders.gguf import GGUFFile
+from squall.loaders.gguf_config import gguf_config
+from squall.loaders.hf_config import ConfigReader, eos_ids, find_architecture
+from squall.loaders.hub import ModelFiles
+from squall.loaders.progress import Progress
+from squall.loaders.safetensors import SafetensorsFolder
+from squall.loaders.tokenizer import Tokenizer
+from squall.loaders.tokenizers.gguf import gguf_tokenizer
+from squall.loaders.tokenizers.hf import hf_tokenizer
+from squall.loaders.weights import GGUFWeights, SafetensorsWeights
+from squall.models.config import DecoderConfig
+from squall.models.decoder import Decoder
+from squall.models.registry import read_config
+from squall.models.rope import check_rope
+
+
+@dataclass(frozen=True)
+class TextAssets:
+    """What the front-end reads from a model's files."""
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    eos_ids: frozenset[int]
+
+
+class Checkpoint:
+    """One model's files. Every method raises ModelLoadError for what is wrong with them."""
+
+    def __init__(self, files: ModelFiles) -> None:
+        self.files = files
+        self._gguf: GGUFFile | None = None
+        if files.kind == "gguf":
+            self._gguf = GGUFFile.open(files.paths[0])
+
+    def config(self) -> DecoderConfig:
+        """The shape of the model."""
+        reader = self._reader()
+        config = read_config(find_architecture(reader), reader)
+        for rope in config.ropes:
+            problem = check_rope(rope)
+            if problem:
+                raise reader.fail("rope_scaling", problem)
+        if reader.has("quantization_config"):
+            raise reader.fail(
+                "quantization_config", "quantised safetensors are not supported; GGUF files are"
+            )
+        return config
+
+    def decoder(
+        self, device: torch.device, dtype: torch.dtype, max_len: int, progress: Progress
+    ) -> Decoder:
+        """The model with its weights on ``device``; ``max_len`` tokens is its longest sequence.
+
+        Floating-point weights are converted to ``dtype``, GGUF blocks stay as they are. A tensor
+        that is missing, misshapen or left over is an error.
+        """
+        config = self.config()
+        if self._gguf is not None:
+            total = sum(tensor.nbytes for tensor in self._gguf.tensors.values())
+            metadata = gguf_config(self._gguf)
+            with progress.phase("load", total, "B") as advance:
+                blocks = GGUFWeights(self._gguf, metadata, dtype, device, advance)
+                model = Decoder(config, blocks, max_len)
+                blocks.finish()
+            return model
+        folder = SafetensorsFolder.open(self.files.paths)
+        with progress.phase("load", folder.nbytes, "B") as advance:
+            source = SafetensorsWeights(folder, dtype, device, advance)
+            model = Decoder(config, source, max_len)
+            source.finish(config.tie_embeddings)
+        return model
+
+    def text(self, template: Path | None = None) -> TextAssets:
+        """Tokenizer, chat template (``template``, a file, replaces the model's own) and the ids
+        that end a turn."""
+        if self._gguf is not None:
+            tokenizer: Tokenizer = gguf_tokenizer(self._gguf.metadata, self._gguf.path)
+            source = self._gguf.get_str("tokenizer.chat_template", None)
+            ends = tokenizer.eos_ids
+        else:
+            folder = self.files.folder
+            tokenizer = hf_tokenizer(folder)
+            source = load_chat_template(folder)
+            ends = tokenizer.eos_ids | eos_ids(folder)
+        if template is not None:
+            source = load_chat_template(template)
+        return TextAssets(tokenizer, _template(source, tokenizer), frozenset(ends))
+
+    def format(self) -> str:
+        """The commonest weight type and the container: ``"Q4_1 GGUF"``, ``"BF16 safetensors"``."""
+        counts: Counter[str] = Counter()
+        if self._gguf is not None:
+            for tensor in self._gguf.tensors.values():
+                counts[tensor.format.name] += tensor.nbytes
+            return f"{counts.most_common(1)[0][0]} GGUF"
+        folder = SafetensorsFolder.open(self.files.paths)
+        for name in folder.names():
+            counts[str(folder.dtype(name)).removeprefix("torch.")] += 1
+        return f"{counts.most_common(1)[0][0]} safetensors"
+
+    def _reader(self) -> ConfigReader:
+        if self._gguf is not None:
+            return ConfigReader(gguf_config(self._gguf), self.files.paths[0])
+        return ConfigReader.from_file(self.files.folder / "config.json")
+
+
+def _template(source: str | None, tokenizer: Tokenizer) -> ChatTemplate | None:
+    if source is None:
+        return None
+
+    def text(token_id: int | None) -> str:
+        return "" if token_id is None else tokenizer.token_text(token_id)
+
+    return ChatTemplate(
+        source,
+        bos_token=text(tokenizer.bos_id),
+        eos_token=text(tokenizer.eos_id),
+        unk_token=text(tokenizer.unk_id),
+    )

@@ -1,0 +1,56 @@
+"""``Batch``: all that one forward pass needs to know about its tokens."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's tokens, packed over sequences without padding.
+
+    T tokens of S sequences; a sequence contributes one token (decode) or a chunk of its prompt.
+    Index tensors live on the model's device.
+    """
+
+    token_ids: Tensor  # int64 [T]
+    positions: Tensor  # int64 [T], place of every token in its own sequence
+    slots: Tensor  # int64 [T], block * block_size + offset in the KV cache; negative: do not store
+    query_start: Tensor  # int32 [S + 1], first token of every sequence, then T
+    context_lens: Tensor  # int32 [S], cached tokens after this step (its own tokens included)
+    block_tables: Tensor  # int32 [S, B], cache blocks of every sequence; unused entries are -1
+    logit_rows: Tensor  # int64 [L], the tokens whose logits are wanted
+    max_query_len: int
+    max_context_len: int
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Paged key/value memory: one pair of tensors per layer.
+
+    Each tensor is ``[blocks, block_size, kv_heads, head_dim]``.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    block_size: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.keys + self.values)
+
+    @staticmethod
+    def allocate(
+        layers: int,
+        blocks: int,
+        block_size: int,
+        head: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "KVCache":
+        """Zero-filled caches of ``blocks`` blocks for ``head = (kv_heads, head_dim)``."""
+        shape = (blocks, block_size, *head)
+        keys = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers))
+        values = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers))
+        return KVCache(keys, values, block_size)

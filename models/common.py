@@ -1,0 +1,73 @@
+"""Config reads that most architectures share."""
+
+from typing import Any
+
+from squall.models.config import Activation, ConfigReader, LayerConfig, RopeConfig
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+
+def read_activation(reader: ConfigReader, key: str = "hidden_act", default: str = "silu") -> Activation:
+    """The gated MLP's activation."""
+    name = reader.get_str(key, default)
+    if name not in _ACTIVATIONS:
+        raise reader.fail(key, f"{name!r} is not known; accepted: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def read_heads(reader: ConfigReader) -> dict[str, int]:
+    """Sizes every GQA decoder has: the ``num_*``, ``head_dim`` and ``*_size`` fields."""
+    hidden = reader.get_int("hidden_size")
+    heads = reader.get_int("num_attention_heads")
+    kv_heads = reader.get_int("num_key_value_heads", heads)
+    head_dim = reader.get_int("head_dim", 0) or hidden // heads
+    if heads % kv_heads:
+        raise reader.fail("num_key_value_heads", f"{kv_heads} does not divide {heads} heads")
+    return {
+        "vocab_size": reader.get_int("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": reader.get_int("intermediate_size"),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position": reader.get_int("max_position_embeddings"),
+    }
+
+
+def read_rope(reader: ConfigReader, head_dim: int, layer_type: str | None = None) -> RopeConfig:
+    """The rotary settings of one layer type."""
+    settings = dict(reader.rope(layer_type))
+    rule = settings.pop("rope_type")
+    theta = float(settings.pop("rope_theta"))
+    dim = int(head_dim * float(settings.pop("partial_rotary_factor", 1.0)))
+    settings.setdefault("max_position_embeddings", reader.get_int("max_position_embeddings"))
+    return RopeConfig(dim, theta, rule, settings)
+
+
+def read_windows(reader: ConfigReader, layers: int, default_sliding: bool) -> tuple[int, ...]:
+    """Each layer's window: ``layer_types`` when given, else ``sliding_window`` on every layer
+    (if ``default_sliding``) or on none."""
+    window = reader.get_int("sliding_window", 0) or 0
+    kinds: Any = reader.get_list("layer_types", None)
+    if kinds is None:
+        return (window if default_sliding else 0,) * layers
+    if len(kinds) != layers:
+        raise reader.fail("layer_types", f"{len(kinds)} entries for {layers} layers")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            accepted = "full_attention, sliding_attention"
+            raise reader.fail("layer_types", f"{kind!r} is not known; accepted: {accepted}")
+    if "sliding_attention" in kinds and window <= 0:
+        raise reader.fail("sliding_window", "is needed by the sliding_attention layers")
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def read_layers(reader: ConfigReader, default_sliding: bool) -> tuple[LayerConfig, ...]:
+    """Per-layer windows with one rope for all."""
+    count = reader.get_int("num_hidden_layers")
+    return tuple(LayerConfig(window) for window in read_windows(reader, count, default_sliding))

@@ -1,0 +1,81 @@
+"""``DecoderConfig``: everything a text decoder's shape and arithmetic depend on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+class ConfigReader(Protocol):
+    """Typed reads from a ``config.json``-like mapping; errors name the key and the file."""
+
+    file: str
+
+    def has(self, key: str) -> bool: ...
+    def get_int(self, key: str, default: Any = ...) -> Any: ...
+    def get_float(self, key: str, default: Any = ...) -> Any: ...
+    def get_bool(self, key: str, default: Any = ...) -> Any: ...
+    def get_str(self, key: str, default: Any = ...) -> Any: ...
+    def get_list(self, key: str, default: Any = ...) -> Any: ...
+    def rope(self, layer_type: str | None = None) -> Mapping[str, Any]:
+        """Rope settings of one layer type in the flat form ``{rope_type, rope_theta, ...}``."""
+        ...
+
+    def fail(self, key: str, message: str) -> Exception:
+        """The error to raise for a value that cannot be used."""
+        ...
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """One rotary table: the first ``dim`` elements of a head are rotated."""
+
+    dim: int
+    theta: float = 10000.0
+    rule: str = "default"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What may differ from layer to layer."""
+
+    window: int = 0  # tokens a query sees, itself included; 0: all
+    rope: int = 0  # index into DecoderConfig.ropes
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only transformer; sizes are counts of elements."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    norm_eps: float
+    layers: tuple[LayerConfig, ...]
+    ropes: tuple[RopeConfig, ...]
+    tie_embeddings: bool
+    attention_scale: float
+    activation: Activation = "silu"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    norm_offset: float = 0.0  # added to every norm weight of a Hugging Face checkpoint
+    post_norms: bool = False  # a norm behind attention and MLP too, before the residual add
+    embedding_scale: float = 1.0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of key/value cache one token takes over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize

@@ -1,0 +1,44 @@
+"""Gemma 3 text: four (1 + w) norms a layer, q/k norms, scaled embeddings, five sliding layers
+with their own rope before each global one."""
+
+from squall.models.common import read_activation, read_heads, read_rope, read_windows
+from squall.models.config import ConfigReader, DecoderConfig, LayerConfig
+
+_GLOBAL_EVERY = 6  # sliding_window_pattern when config.json has neither it nor layer_types
+
+
+def _read_layers(reader: ConfigReader) -> tuple[LayerConfig, ...]:
+    count = reader.get_int("num_hidden_layers")
+    if reader.has("layer_types"):
+        windows = read_windows(reader, count, default_sliding=False)
+    else:
+        pattern = reader.get_int("sliding_window_pattern", _GLOBAL_EVERY)
+        window = reader.get_int("sliding_window", 4096)
+        windows = tuple(window if (i + 1) % pattern else 0 for i in range(count))
+    return tuple(LayerConfig(window, rope=1 if window else 0) for window in windows)
+
+
+def read_config(reader: ConfigReader) -> DecoderConfig:
+    heads = read_heads(reader)
+    head_dim = heads["head_dim"]
+    attention_bias = reader.get_bool("attention_bias", False)
+    return DecoderConfig(
+        **heads,
+        norm_eps=reader.get_float("rms_norm_eps", 1e-6),
+        layers=_read_layers(reader),
+        ropes=(
+            read_rope(reader, head_dim, "full_attention"),
+            read_rope(reader, head_dim, "sliding_attention"),
+        ),
+        tie_embeddings=reader.get_bool("tie_word_embeddings", True),
+        attention_scale=reader.get_float("query_pre_attn_scalar", 256) ** -0.5,
+        activation=read_activation(reader, "hidden_activation", "gelu_pytorch_tanh"),
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        qk_norm=True,
+        norm_offset=1.0,
+        post_norms=True,
+        embedding_scale=heads["hidden_size"] ** 0.5,
+        attention_softcap=reader.get_float("attn_logit_softcapping", None) or 0.0,
+        logit_softcap=reader.get_float("final_logit_softcapping", None) or 0.0,
+    )

@@ -1,0 +1,28 @@
+"""Which module reads which architecture: one row each, imported on first use."""
+
+import difflib
+from importlib import import_module
+
+from squall.models.config import ConfigReader, DecoderConfig
+
+ARCHITECTURES: dict[str, str] = {
+    "Gemma3ForCausalLM": "gemma3",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+
+def read_config(architecture: str, reader: ConfigReader) -> DecoderConfig:
+    """The decoder that ``architecture`` (a Hugging Face class name) and its config describe."""
+    module = ARCHITECTURES.get(architecture)
+    if module is None:
+        near = difflib.get_close_matches(architecture, ARCHITECTURES, 1, 0.5)
+        hint = f"; nearest: {near[0]}" if near else ""
+        known = ", ".join(ARCHITECTURES)
+        raise reader.fail(
+            "architectures", f"{architecture!r} is not supported{hint}; supported: {known}"
+        )
+    config: DecoderConfig = import_module(f"squall.models.{module}").read_config(reader)
+    return config

@@ -1,0 +1,69 @@
+"""``WeightSource``: where a model under construction gets its weights.
+
+Building a model is loading it: each block asks the source for its tensors by their Hugging Face
+names. Sources exist for model files (``squall.loaders.load``) and for random weights.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from squall.kernels.weight import DenseWeight, Weight
+from squall.models.linear import Linear
+
+
+class WeightSource(Protocol):
+    """Hands out weights on ``device``; vectors and dense matrices come in ``dtype``.
+
+    Every method raises ``ModelLoadError`` naming the tensor when it is missing or misshapen.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def vector(self, name: str, size: int) -> Tensor:
+        """``[size]`` in ``dtype``, a bias for example."""
+        ...
+
+    def norm(self, name: str, size: int, offset: float) -> Tensor:
+        """``[size]`` float32 norm weight; ``offset`` is what the checkpoint's convention leaves
+        out (Gemma stores w - 1), which GGUF files already contain."""
+        ...
+
+    def matrix(self, name: str, out_features: int, in_features: int) -> Weight: ...
+
+
+def read_linear(
+    source: WeightSource, names: Sequence[str], outs: Sequence[int], in_features: int, bias: bool
+) -> Linear:
+    """The projection ``names`` (modules, without ``.weight``) stacked along the output."""
+    parts = zip(names, outs, strict=True)
+    weights = [source.matrix(f"{name}.weight", out, in_features) for name, out in parts]
+    if not bias:
+        return Linear(weights)
+    parts = zip(names, outs, strict=True)
+    return Linear(weights, torch.cat([source.vector(f"{name}.bias", out) for name, out in parts]))
+
+
+class RandomWeights:
+    """Normal random dense weights of the right shapes, for benchmarks and profiling."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._generator = torch.Generator(device).manual_seed(seed)
+
+    def _normal(self, *shape: int) -> Tensor:
+        x = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return x.normal_(0, 0.02, generator=self._generator)
+
+    def vector(self, name: str, size: int) -> Tensor:
+        return self._normal(size)
+
+    def norm(self, name: str, size: int, offset: float) -> Tensor:
+        return torch.ones(size, device=self.device)
+
+    def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
+        return DenseWeight(self._normal(out_features, in_features))

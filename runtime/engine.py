@@ -1,0 +1,182 @@
+"""The engine: requests in, one model step at a time, token events out."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+
+from squall.models.batch import Batch, KVCache
+from squall.models.decoder import Decoder
+from squall.runtime import scheduler
+from squall.runtime.pack import pack
+from squall.runtime.pages import BlockPool
+from squall.runtime.request import EngineRequest, TokenEvent, TokenLogprob
+from squall.runtime.request import Sequence as Seq
+from squall.runtime.sampler import Sampler, SampleOutput, SampleRow
+from squall.runtime.scheduler import Chunk, Limits, Plan, State
+
+log = logging.getLogger(__name__)
+
+
+class EngineError(Exception):
+    """The device is in a state no further step can run in."""
+
+
+class Engine:
+    """Owns the model, its KV cache and the requests on it; single-threaded.
+
+    ``add`` and ``abort`` take effect at the next ``step``.
+    """
+
+    def __init__(self, model: Decoder, cache: KVCache, limits: Limits) -> None:
+        self.model = model
+        self.cache = cache
+        self.limits = limits
+        self.state = State(BlockPool(cache.keys[0].shape[0]))
+        self.sampler = Sampler(model.config.vocab_size, model.device)
+        self._rows: dict[int, SampleRow] = {}
+
+    @property
+    def idle(self) -> bool:
+        return self.state.idle
+
+    def add(self, request: EngineRequest) -> TokenEvent | None:
+        """Queue a request; an event tells at once when it can never run."""
+        try:
+            request.params.validate(self.model.config.vocab_size)
+            self._check_ids(request.prompt_ids)
+            seq = scheduler.add(self.state, self.limits, request)
+        except Exception as error:
+            return TokenEvent(request.id, [], finish_reason="error", error=str(error))
+        self._rows[request.id] = SampleRow(
+            params=request.params,
+            prompt_ids=request.prompt_ids,
+            output_ids=seq.output_ids,
+            dry_breaker_ids=request.dry_breaker_ids,
+        )
+        return None
+
+    def abort(self, request_id: int) -> TokenEvent | None:
+        """Drop a request and free its blocks; None when it is not alive."""
+        seq = self.state.by_id.get(request_id)
+        if seq is None:
+            return None
+        self._finish(seq, "abort")
+        return TokenEvent(request_id, [], finish_reason="abort")
+
+    def step(self) -> list[TokenEvent]:
+        """Run one model step; returns what it did for each request that moved.
+
+        An exception inside the step ends the requests that were in it with an error event.
+        Raises EngineError when the device itself is lost.
+        """
+        plan = scheduler.plan(self.state, self.limits)
+        scheduler.apply(self.state, plan)
+        if not plan.chunks:
+            return []
+        try:
+            sampled = self._run(plan)
+        except Exception as error:
+            return self._fail(plan, error)
+        samplers = [chunk for chunk in plan.chunks if chunk.samples]
+        for chunk in plan.chunks:
+            if not chunk.samples:
+                scheduler.apply_results(self.state, chunk, None)
+        return [self._book(chunk, sampled, row) for row, chunk in enumerate(samplers)]
+
+    @torch.inference_mode()
+    def _run(self, plan: Plan) -> SampleOutput | None:
+        batch = pack(plan, self.limits.block_size, self.model.device)
+        rows = [self._rows[chunk.seq.request.id] for chunk in plan.chunks if chunk.samples]
+        hidden = self.model.hidden(batch, self.cache)
+        return self.sampler.sample(self.model.logits(hidden), rows) if rows else None
+
+    def _book(self, chunk: Chunk, sampled: SampleOutput | None, row: int) -> TokenEvent:
+        """Take one sampled token into its sequence."""
+        assert sampled is not None
+        request_id = chunk.seq.request.id
+        error = sampled.errors.get(row)
+        if error is not None:
+            self._finish(chunk.seq, "error")
+            return TokenEvent(request_id, [], finish_reason="error", error=error)
+        token = sampled.token_ids[row]
+        reason = scheduler.apply_results(self.state, chunk, token)
+        if reason is not None:
+            self._rows.pop(request_id, None)
+        stopped = chunk.seq.stop_token is not None
+        logprobs: list[TokenLogprob] | None = None
+        if chunk.seq.request.params.logprobs is not None:
+            entry = sampled.logprobs[row] if sampled.logprobs else None
+            logprobs = [] if stopped or entry is None else [entry]
+        return TokenEvent(
+            request_id,
+            [] if stopped else [token],
+            logprobs,
+            reason,
+            chunk.seq.stop_token,
+        )
+
+    def _finish(self, seq: Seq, reason: str) -> None:
+        scheduler.finish(self.state, seq, reason)
+        self._rows.pop(seq.request.id, None)
+
+    def _fail(self, plan: Plan, error: Exception) -> list[TokenEvent]:
+        """End every request of a step that raised, and see whether the device still works."""
+        log.error("step failed: %s", error, exc_info=error)
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        message = f"the step failed: {type(error).__name__}: {first_line}"
+        for chunk in plan.chunks:
+            self._finish(chunk.seq, "error")
+        if self.model.device.type == "cuda":
+            try:
+                torch.cuda.synchronize(self.model.device)
+                torch.cuda.empty_cache()
+            except Exception as lost:
+                raise EngineError(f"{self.model.device} is lost: {lost}") from error
+        return [
+            TokenEvent(chunk.seq.request.id, [], finish_reason="error", error=message)
+            for chunk in plan.chunks
+        ]
+
+    def _check_ids(self, ids: Sequence[int]) -> None:
+        if ids and not (0 <= min(ids) and max(ids) < self.model.config.vocab_size):
+            raise ValueError(
+                f"prompt token ids must be in 0..{self.model.config.vocab_size - 1}, "
+                f"found {min(ids) if min(ids) < 0 else max(ids)}"
+            )
+
+
+def run_loop(
+    engine: Engine,
+    receive: Callable[[bool], bool],
+    emit: Callable[[list[TokenEvent]], None],
+) -> None:
+    """Serve until ``receive`` returns False.
+
+    ``receive(block)`` passes what has arrived to the engine; with ``block`` it waits for
+    something. ``emit`` gets each step's events.
+    """
+    while receive(engine.idle):
+        if not engine.idle:
+            events = engine.step()
+            if events:
+                emit(events)
+
+
+def probe_batch(tokens: int, seqs: int, block_size: int, device: torch.device) -> Batch:
+    """The heaviest legal step: ``tokens`` prompt tokens of one sequence, logits of ``seqs`` rows.
+
+    Nothing is stored (slots are negative); attention reads the first blocks of the cache.
+    """
+    blocks = -(-tokens // block_size)
+    return Batch(
+        token_ids=torch.zeros(tokens, dtype=torch.int64, device=device),
+        positions=torch.arange(tokens, device=device),
+        slots=torch.full((tokens,), -1, dtype=torch.int64, device=device),
+        query_start=torch.tensor([0, tokens], dtype=torch.int32, device=device),
+        context_lens=torch.tensor([tokens], dtype=torch.int32, device=device),
+        block_tables=torch.arange(blocks, dtype=torch.int32, device=device)[None],
+        logit_rows=torch.arange(min(seqs, tokens), device=device),
+        max_query_len=tokens,
+        max_context_len=tokens,
+    )

@@ -1,0 +1,63 @@
+"""The KV cache's blocks: which are in use, which are free. No tensors here, only block ids.
+
+Callers see ``allocate``, ``free`` and ``free_blocks``. None of them promises which ids come back
+or that a freed block is forgotten at once, so sharing (reference counts) and keeping freed blocks
+for later hits (a cache keyed by content) can be added inside this class.
+"""
+
+from collections.abc import Iterable
+
+
+def blocks_for(tokens: int, block_size: int) -> int:
+    """How many blocks of ``block_size`` tokens hold ``tokens`` tokens."""
+    return -(-tokens // block_size)
+
+
+class BlockPool:
+    """Hands out block ids ``0 .. num_blocks - 1``; O(1) a block."""
+
+    __slots__ = ("_free", "_used", "num_blocks")
+
+    def __init__(self, num_blocks: int) -> None:
+        """Raises ValueError when ``num_blocks`` is less than 1."""
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks is {num_blocks}; a pool needs at least 1 block")
+        self.num_blocks = num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the last freed is warmest
+        self._used = bytearray(num_blocks)
+
+    @property
+    def free_blocks(self) -> int:
+        """How many blocks ``allocate`` could hand out now."""
+        return len(self._free)
+
+    @property
+    def used_blocks(self) -> int:
+        """How many blocks are handed out."""
+        return self.num_blocks - len(self._free)
+
+    def allocate(self, count: int) -> list[int]:
+        """Hand out ``count`` blocks. Asking for more than ``free_blocks`` is an AssertionError:
+        the scheduler plans within what is free."""
+        stack = self._free
+        keep = len(stack) - count
+        assert 0 <= keep <= len(stack), f"asked for {count} blocks, {len(stack)} are free"
+        blocks = stack[keep:]
+        blocks.reverse()
+        del stack[keep:]
+        used = self._used
+        for block in blocks:
+            used[block] = 1
+        return blocks
+
+    def free(self, blocks: Iterable[int]) -> None:
+        """Take blocks back. An id that is not handed out now (freed twice, or never one of this
+        pool's) is an AssertionError."""
+        used = self._used
+        for block in blocks:
+            assert 0 <= block < self.num_blocks, (
+                f"block {block} is not one of this pool's {self.num_blocks}"
+            )
+            assert used[block], f"block {block} was freed twice"
+            used[block] = 0
+            self._free.append(block)

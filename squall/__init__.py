@@ -1,0 +1,31 @@
+"""Squall: an LLM inference engine and OpenAI-compatible server.
+
+The public Python API::
+
+    from squall import LLM, SamplingParams
+
+    llm = LLM("path/or/hub-id")
+    print(llm.generate("Hello", SamplingParams(max_tokens=16))[0].text)
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from squall.llm import LLM
+    from squall.runtime.params import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the heavy names on first use, so that ``squall --help`` needs no torch."""
+    if name == "LLM":
+        from squall.llm import LLM
+
+        return LLM
+    if name == "SamplingParams":
+        from squall.runtime.params import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module 'squall' has no attribute {name!r}")

@@ -1,0 +1,122 @@
+"""Every architecture against transformers: tiny random models saved to disk, read by our loader.
+
+One row an architecture (or a quirk of one). The comparison is in float32 on the CPU, for the
+prompt as a whole, in chunks, and token by token.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from squall.loaders.hub import resolve
+from squall.loaders.load import Checkpoint
+from squall.loaders.progress import NoProgress
+from squall.models.decoder import Decoder
+from squall.tools.logits import sequence_logits
+
+TOKENS = 45  # past the sliding windows and past original_max_position_embeddings below
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+GEMMA_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-head-dim": ("Llama", {"head_dim": 20, "num_attention_heads": 12}),
+    "llama-one-kv-head": ("Llama", {"num_key_value_heads": 1}),
+    "llama-rope-llama3": ("Llama", {"rope_parameters": LLAMA3}),
+    "llama-rope-linear": ("Llama", {"rope_parameters": LINEAR}),
+    "llama-rope-yarn": ("Llama", {"rope_parameters": YARN}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral-window": ("Mistral", {"sliding_window": 7, "head_dim": 16}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-window": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1},
+    ),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "qwen3-window": (
+        "Qwen3",
+        {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 7, "query_pre_attn_scalar": 24},
+    ),
+    "gemma3-ropes-softcaps": (
+        "Gemma3Text",
+        {
+            "head_dim": 32,
+            "sliding_window": 5,
+            "num_hidden_layers": 6,
+            "rope_parameters": GEMMA_ROPES,
+            "final_logit_softcapping": 20.0,
+        },
+    ),
+}
+
+
+def save_random(folder: Path, family: str, overrides: dict[str, Any]) -> torch.nn.Module:
+    """A random model with every parameter (norms and biases too) away from its initial value."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        **{**SIZES, "tie_word_embeddings": False, **overrides}
+    )
+    name = family.removesuffix("Text")
+    model = getattr(transformers, f"{name}ForCausalLM")._from_config(
+        config, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.eval().save_pretrained(folder)
+    return model
+
+
+def load(folder: Path) -> Decoder:
+    checkpoint = Checkpoint(resolve(str(folder)))
+    return checkpoint.decoder(torch.device("cpu"), torch.float32, TOKENS, NoProgress())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
+    family, overrides = CASES[case]
+    reference = save_random(tmp_path, family, overrides)
+    ids = torch.randint(0, SIZES["vocab_size"], (TOKENS,)).tolist()
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids])).logits[0].float()
+    model = load(tmp_path)
+    limit = 1e-4 * expected.abs().max().item()
+    for chunk in (TOKENS, 7, 1):  # whole prefill, chunked prefill, decode
+        found = sequence_logits(model, ids, chunk, block_size=8)
+        assert (found - expected).abs().max().item() <= limit, f"chunks of {chunk}"
+        assert torch.equal(found.argmax(-1), expected.argmax(-1)), f"chunks of {chunk}"

@@ -1,0 +1,55 @@
+"""Kernel tests: what needs a GPU is skipped without one, and results can start as NaN."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import pytest
+import torch
+from torch.utils import deterministic
+
+from squall.kernels.cases import ERROR_LIMITS, Case, relative_error
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU: torch.cuda.is_available() is false")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(skip)
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    assert deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def poisoned() -> AbstractContextManager[None]:
+    """While entered, ``torch.empty`` gives NaN: an element nobody writes shows."""
+    return _poisoned()
+
+
+class CheckResults(Protocol):
+    def __call__(
+        self, case: Case, got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]
+    ) -> None: ...
+
+
+@pytest.fixture
+def check_results() -> CheckResults:
+    """Compare results under the one table of error limits."""
+
+    def check(case: Case, got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> None:
+        assert len(got) == len(want) > 0
+        for i, (actual, expected) in enumerate(zip(got, want, strict=True)):
+            error, limit = relative_error(actual, expected), ERROR_LIMITS[actual.dtype]
+            assert error <= limit, f"{case.name}, result {i}: error {error:.2e} over {limit:.0e}"
+
+    return check

@@ -1,0 +1,171 @@
+"""Every operator on the CPU against formulas written independently in float64."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from squall.kernels.cases import ERROR_LIMITS, Case, all_cases, relative_error, results
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ROWS = [
+    pytest.param(case, dtype, id=f"{case.name}-{str(dtype).removeprefix('torch.')}")
+    for case in all_cases()
+    for dtype in DTYPES
+    if case.interpret or dtype == torch.float32
+]
+
+
+def naive_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+    x = x.double()
+    return (x / (x.pow(2).sum(-1, keepdim=True) / x.shape[-1] + eps).sqrt() * weight.double(),)
+
+
+def naive_add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Tensor, ...]:
+    total = (x.double() + residual.double()).to(x.dtype)
+    return (*naive_rms_norm(total, w, eps), total)
+
+
+def naive_apply_rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+    """Pairs as complex numbers times e^(i angle)."""
+    half = table.shape[1] // 2
+    turn = torch.complex(table[:, :half].double(), table[:, half:].double())[positions][:, None]
+    out = []
+    for x in (q.double(), k.double()):
+        z = torch.complex(x[..., :half].contiguous(), x[..., half : 2 * half].contiguous()) * turn
+        out.append(torch.cat((z.real, z.imag, x[..., 2 * half :]), -1))
+    return tuple(out)
+
+
+def naive_silu_mul(x: Tensor) -> tuple[Tensor, ...]:
+    gate, up = x.double().tensor_split(2, -1)
+    return (gate / (1 + (-gate).exp()) * up,)
+
+
+def naive_gelu_tanh_mul(x: Tensor) -> tuple[Tensor, ...]:
+    gate, up = x.double().tensor_split(2, -1)
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    return (0.5 * gate * (1 + torch.tanh(inner)) * up,)
+
+
+def naive_store_kv(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> tuple[Tensor, ...]:
+    k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    for t, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            place = divmod(slot, k_cache.shape[1])
+            k_cache[place], v_cache[place] = k[t], v[t]
+    return k_cache, v_cache
+
+
+def naive_paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    _max_query: int,
+    _max_context: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, ...]:
+    """Token by token, slot by slot."""
+    size, kv_heads = k_cache.shape[1:3]
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    for s, context in enumerate(context_lens.tolist()):
+        begin, end = query_start[s : s + 2].tolist()
+        for t in range(begin, end) if context else ():
+            position = context - (end - t)
+            first = max(0, position - window + 1) if window else 0
+            keys = torch.arange(first, position + 1)
+            places = (tables[s, keys // size].long(), keys % size)
+            k, v = k_cache[places].double(), v_cache[places].double()
+            for head in range(q.shape[1]):
+                kv = head // (q.shape[1] // kv_heads)
+                scores = k[:, kv] @ q[t, head].double() * scale
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
+                out[t, head] = scores.softmax(0) @ v[:, kv]
+    return (out,)
+
+
+NAIVE: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "squall::rms_norm": naive_rms_norm,
+    "squall::add_rms_norm": naive_add_rms_norm,
+    "squall::apply_rope": naive_apply_rope,
+    "squall::silu_mul": naive_silu_mul,
+    "squall::gelu_tanh_mul": naive_gelu_tanh_mul,
+    "squall::store_kv": naive_store_kv,
+    "squall::paged_attention": naive_paged_attention,
+}
+
+
+def _name(case: Case) -> str:
+    return str(case.op._schema.name)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("case", "dtype"), ROWS)
+def test_op_and_reference_match_the_formula(case: Case, dtype: torch.dtype, check_results) -> None:
+    """The registered operator (a backend's override where there is one) and the reference."""
+    want = NAIVE[_name(case)](*case.build(dtype, CPU))
+    for fn in (case.op, case.reference):
+        args = case.build(dtype, CPU)
+        before = [a.clone() if isinstance(a, Tensor) else a for a in args]
+        got = results(case, fn, args)
+        check_results(case, got, want)
+        for i, (now, then) in enumerate(zip(args, before, strict=True)):
+            if isinstance(now, Tensor) and i not in case.mutates:
+                assert torch.equal(now.nan_to_num(), then.nan_to_num()), f"argument {i} changed"
+
+
+@pytest.mark.parametrize("case", [c for c in all_cases() if c.interpret], ids=lambda c: c.name)
+def test_results_have_the_dtype_and_are_dense(case: Case) -> None:
+    args = case.build(torch.float16, CPU)
+    for got in results(case, case.op, args)[: None if not case.mutates else 0]:
+        assert got.dtype == torch.float16
+        assert got.is_contiguous()
+
+
+SMALL = [c for c in all_cases() if c.interpret and c.aot]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
+def test_opcheck(case: Case) -> None:
+    """Schema and mutation declared right, the fake result like the real one, also when traced."""
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    args = tuple(
+        a.nan_to_num() if isinstance(a, Tensor) else a for a in case.build(torch.float32, CPU)
+    )
+    torch.library.opcheck(case.op, args, test_utils=tests)  # type: ignore[arg-type]
+
+
+def test_case_names_are_unique_and_every_op_has_a_table() -> None:
+    names = [c.name for c in all_cases()]
+    assert len(set(names)) == len(names)
+    assert {_name(c) for c in all_cases()} >= set(NAIVE)
+
+
+def test_relative_error_sees_a_lost_nan_and_a_wrong_value() -> None:
+    want = torch.tensor([1.0, 2.0, float("nan")])
+    assert relative_error(want, want) == 0
+    assert relative_error(torch.tensor([1.0, 2.0, 3.0]), want) == math.inf
+    assert relative_error(torch.tensor([1.0, 2.2, float("nan")]), want) == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="shape"):
+        relative_error(want[:2], want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_limits_reject_a_small_corruption(dtype: torch.dtype) -> None:
+    """A limit that lets one key too many through attention would prove nothing."""
+    case = next(c for c in all_cases() if c.name == "paged_attention-decode-d64")
+    args: list[Any] = list(case.build(dtype, CPU))
+    right = case.op(*args)
+    args[5] = args[5] - 1  # context_lens: the newest key goes missing
+    assert relative_error(case.op(*args), right) > ERROR_LIMITS[dtype]

@@ -1,0 +1,87 @@
+"""The block pool: every block is in exactly one place, whatever the order of calls."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from squall.runtime.pages import BlockPool, blocks_for
+
+
+@pytest.mark.parametrize(
+    ("tokens", "block_size", "blocks"),
+    [(0, 16, 0), (1, 16, 1), (16, 16, 1), (17, 16, 2), (1000, 32, 32), (5, 1, 5)],
+)
+def test_blocks_for(tokens: int, block_size: int, blocks: int) -> None:
+    assert blocks_for(tokens, block_size) == blocks
+
+
+def test_hands_out_every_block_once() -> None:
+    pool = BlockPool(5)
+    blocks = pool.allocate(2) + pool.allocate(3)
+    assert sorted(blocks) == [0, 1, 2, 3, 4]
+    assert (pool.free_blocks, pool.used_blocks) == (0, 5)
+    pool.free(blocks)
+    assert (pool.free_blocks, pool.used_blocks) == (5, 0)
+
+
+def test_allocate_nothing() -> None:
+    pool = BlockPool(1)
+    assert pool.allocate(0) == []
+    assert pool.allocate(1) == [0]
+    assert pool.allocate(0) == []
+
+
+@pytest.mark.parametrize("count", [4, -1])
+def test_asking_for_what_is_not_there_changes_nothing(count: int) -> None:
+    pool = BlockPool(4)
+    pool.allocate(1)
+    with pytest.raises(AssertionError, match=f"asked for {count} blocks, 3 are free"):
+        pool.allocate(count)
+    assert pool.free_blocks == 3
+
+
+def test_freeing_twice_is_refused() -> None:
+    pool = BlockPool(4)
+    blocks = pool.allocate(2)
+    pool.free(blocks[:1])
+    with pytest.raises(AssertionError, match=f"block {blocks[0]} was freed twice"):
+        pool.free(blocks[:1])
+    assert pool.free_blocks == 3
+
+
+@pytest.mark.parametrize("foreign", [-1, 4, 1 << 40])
+def test_freeing_a_foreign_block_is_refused(foreign: int) -> None:
+    pool = BlockPool(4)
+    pool.allocate(4)
+    with pytest.raises(AssertionError, match="is not one of this pool's 4"):
+        pool.free([foreign])
+    assert pool.free_blocks == 0
+
+
+@pytest.mark.parametrize("num_blocks", [0, -3])
+def test_an_empty_pool_is_refused(num_blocks: int) -> None:
+    with pytest.raises(ValueError, match=f"num_blocks is {num_blocks}"):
+        BlockPool(num_blocks)
+
+
+@given(
+    st.integers(1, 40),
+    st.lists(st.tuples(st.booleans(), st.integers(0, 10)), max_size=60),
+)
+def test_blocks_are_conserved(num_blocks: int, calls: list[tuple[bool, int]]) -> None:
+    pool = BlockPool(num_blocks)
+    held: list[list[int]] = []
+    for is_allocation, number in calls:
+        if is_allocation and number <= pool.free_blocks:
+            held.append(pool.allocate(number))
+            assert len(held[-1]) == number
+        elif not is_allocation and held:
+            pool.free(held.pop(number % len(held)))
+        used = [block for blocks in held for block in blocks]
+        assert len(set(used)) == len(used) == pool.used_blocks
+        assert all(0 <= block < num_blocks for block in used)
+        assert pool.free_blocks == num_blocks - len(used)
+    for blocks in held:
+        pool.free(blocks)
+    assert pool.free_blocks == num_blocks
+    assert sorted(pool.allocate(num_blocks)) == list(range(num_blocks))
