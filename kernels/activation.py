@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from squall.kernels.cases import Case, random
+from squall.kernels.cases import BOTH, Case, random
 from squall.kernels.lang import tl, triton
 from squall.kernels.op import op
 
@@ -89,7 +89,7 @@ def _case(name: str, tokens: int, features: int, strided: bool) -> Case:
         "gelu_tanh_mul": (gelu_tanh_mul, gelu_tanh_mul_reference, gelu_tanh_mul_launcher),
     }[name]
     title = f"{name}-{tokens}x{features}{'-strided' if strided else ''}"
-    return Case(title, fn, reference, launcher, build, aot=features == 1536)
+    return Case(title, fn, reference, launcher, build, aot=BOTH * (features == 1536))
 
 
 def _cases() -> Iterator[Case]:

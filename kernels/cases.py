@@ -19,6 +19,9 @@ from squall import kernels
 
 Builder = Callable[[torch.dtype, torch.device], tuple[Any, ...]]
 
+BF16 = (torch.bfloat16,)
+BOTH = (torch.bfloat16, torch.float32)
+
 # Largest |got - want| over the largest |want| of a result, per dtype of that result. About ten
 # roundings of the dtype for f16 and bf16; f32 leaves room for sums over 16,384 elements.
 ERROR_LIMITS: Mapping[torch.dtype, float] = MappingProxyType(
@@ -32,8 +35,8 @@ class Case:
 
     ``build(dtype, device)`` makes the operator's arguments, the same values for every device;
     ``mutates`` lists the argument positions the operator writes; ``interpret`` is false for
-    shapes that take Triton's interpreter too long; ``aot`` marks the rows that are compiled ahead
-    of time (a new kernel variant, not just new sizes).
+    shapes that take Triton's interpreter too long; ``aot`` lists the dtypes to compile ahead of
+    time for, where a row is a kernel variant of its own and not just another size.
     """
 
     name: str
@@ -43,7 +46,7 @@ class Case:
     build: Builder
     mutates: tuple[int, ...] = ()
     interpret: bool = True
-    aot: bool = False
+    aot: tuple[torch.dtype, ...] = ()
 
 
 def all_cases() -> tuple[Case, ...]:

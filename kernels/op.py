@@ -56,8 +56,10 @@ def op(
 def override(name: str, dispatch_key: str, fn: Callable[..., Any]) -> None:
     """Let ``fn`` run operator ``name`` for one dispatch key ("CPU", "CUDA", "XPU", "MPS").
 
-    Raises ``RuntimeError`` (torch's) when that key already has an implementation of its own.
+    Raises ``ValueError`` when that key already has an implementation of its own.
     """
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", dispatch_key):
+        raise ValueError(f"{NAMESPACE}::{name} already has an implementation for {dispatch_key}")
     _LIBRARY.impl(name, fn, dispatch_key)
 
 

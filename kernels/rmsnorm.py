@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from squall.kernels.cases import Case, random
+from squall.kernels.cases import BF16, BOTH, Case, random
 from squall.kernels.lang import next_power_of_2, tl, triton
 from squall.kernels.op import op
 
@@ -158,7 +158,7 @@ add_rms_norm = op(
 )
 
 _SIZES = ((1, 64), (0, 64), (63, 63), (1000, 80), (3, 1), (2, 1000), (5, 2048), (3, 16384))
-_AOT_SIZES = frozenset({(1, 64), (5, 2048), (3, 16384)})
+_AOT = {(1, 64): BF16, (5, 2048): BOTH, (3, 16384): BF16}
 
 
 def _plain_case(tokens: int, dim: int) -> Case:
@@ -166,7 +166,7 @@ def _plain_case(tokens: int, dim: int) -> Case:
         weight = random((dim,), torch.float32, device, 2)
         return random((tokens, dim), dtype, device, 1), weight, 1e-6
 
-    aot = (tokens, dim) in _AOT_SIZES
+    aot = _AOT.get((tokens, dim), ())
     name = f"rms_norm-{tokens}x{dim}"
     return Case(name, rms_norm, rms_norm_reference, rms_norm_launcher, build, aot=aot)
 
@@ -179,7 +179,9 @@ def _head_case(tokens: int, heads: int, dim: int) -> Case:
         return qkv[:, 3 : 3 + heads], random((dim,), torch.float32, device, 4), 1e-5
 
     name = f"rms_norm-heads-{tokens}x{heads}x{dim}"
-    return Case(name, rms_norm, rms_norm_reference, rms_norm_launcher, build, aot=dim == 128)
+    return Case(
+        name, rms_norm, rms_norm_reference, rms_norm_launcher, build, aot=BF16 * (dim == 128)
+    )
 
 
 def _add_case(tokens: int, dim: int) -> Case:
@@ -189,7 +191,7 @@ def _add_case(tokens: int, dim: int) -> Case:
         return x, residual, random((dim,), torch.float32, device, 7), 1e-6
 
     name = f"add_rms_norm-{tokens}x{dim}"
-    aot = (tokens, dim) in _AOT_SIZES
+    aot = _AOT.get((tokens, dim), ())
     return Case(name, add_rms_norm, add_rms_norm_reference, add_rms_norm_launcher, build, aot=aot)
 
 

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import torch
 
-from squall.loaders.chat_template import ChatTemplate, load_chat_template
+from squall.loaders.chat_template import (
+    ChatTemplate,
+    TemplateError,
+    TemplateSource,
+    load_chat_template,
+    read_template_file,
+)
 from squall.loaders.gguf import GGUFFile
 from squall.loaders.gguf_config import gguf_config
 from squall.loaders.hf_config import ConfigReader, eos_ids, find_architecture
@@ -28,7 +34,7 @@ class TextAssets:
     """What the front-end reads from a model's files."""
 
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    template: ChatTemplate | TemplateError | None  # TemplateError: what is wrong with it
     eos_ids: frozenset[int]
 
 
@@ -84,7 +90,7 @@ class Checkpoint:
         that end a turn."""
         if self._gguf is not None:
             tokenizer: Tokenizer = gguf_tokenizer(self._gguf.metadata, self._gguf.path)
-            source = self._gguf.get_str("tokenizer.chat_template", None)
+            source: TemplateSource | None = self._gguf.get_str("tokenizer.chat_template", None)
             ends = tokenizer.eos_ids
         else:
             folder = self.files.folder
@@ -92,7 +98,7 @@ class Checkpoint:
             source = load_chat_template(folder)
             ends = tokenizer.eos_ids | eos_ids(folder)
         if template is not None:
-            source = load_chat_template(template)
+            source = read_template_file(template)
         return TextAssets(tokenizer, _template(source, tokenizer), frozenset(ends))
 
     def format(self) -> str:
@@ -113,16 +119,21 @@ class Checkpoint:
         return ConfigReader.from_file(self.files.folder / "config.json")
 
 
-def _template(source: str | None, tokenizer: Tokenizer) -> ChatTemplate | None:
+def _template(
+    source: TemplateSource | None, tokenizer: Tokenizer
+) -> ChatTemplate | TemplateError | None:
     if source is None:
         return None
 
     def text(token_id: int | None) -> str:
         return "" if token_id is None else tokenizer.token_text(token_id)
 
-    return ChatTemplate(
-        source,
-        bos_token=text(tokenizer.bos_id),
-        eos_token=text(tokenizer.eos_id),
-        unk_token=text(tokenizer.unk_id),
-    )
+    try:
+        return ChatTemplate(
+            source,
+            bos_token=text(tokenizer.bos_id),
+            eos_token=text(tokenizer.eos_id),
+            unk_token=text(tokenizer.unk_id),
+        )
+    except TemplateError as error:  # plain completions work without; chats say why they do not
+        return error

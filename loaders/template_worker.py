@@ -6,7 +6,7 @@ but not from exhausting time or memory: one expression such as ``'a' * 10**10`` 
 run here, started by ``squall.loaders.chat_template`` as a plain script: the address space is
 capped, a CPU timer kills the process, no file can be opened, and the environment (tokens) is
 not passed on. This file must not import squall: it starts in a tenth of a second that way.
-Its arguments are the folders that hold jinja2 and markupsafe (``python -I`` knows no others).
+Its arguments are the folders that hold jinja2 and markupsafe (``python -I -S`` knows no others).
 
 Frames on the socket (file descriptor 0), both ways: ``u32 little-endian length``, then JSON.
 The first request ``{"templates": {name: source}, "cpu_s": float}`` is answered with
@@ -156,20 +156,18 @@ def _joins_arguments(tree: nodes.Template) -> bool:
 def traits(environment: jinja2.Environment, source: str) -> dict[str, bool]:
     """What the template expects of messages, read from its syntax tree.
 
-    ``parts``: takes ``content`` apart when it is a list. ``null_content``: asks whether
-    ``content`` is none. ``text_arguments``: wants tool-call arguments as JSON text.
+    ``parts``: takes ``content`` apart when it is a list. ``null_content``: tells a null ``content``
+    from an absent one. ``text_arguments``: wants tool-call arguments as JSON text.
     """
     tree = environment.parse(source)
     names = _aliases(tree, "content")
-    null = any(
+    parts = _iterates_content(tree)
+    # Those that take lists ask for the length of what is not a string, which a null has not.
+    null = not parts and any(
         test.name == "none" and _is_field(test.node, "content", names)
         for test in tree.find_all(nodes.Test)
     )
-    return {
-        "parts": _iterates_content(tree),
-        "null_content": null,
-        "text_arguments": _joins_arguments(tree),
-    }
+    return {"parts": parts, "null_content": null, "text_arguments": _joins_arguments(tree)}
 
 
 def describe(error: BaseException) -> dict[str, Any]:

@@ -12,7 +12,9 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def read_activation(reader: ConfigReader, key: str = "hidden_act", default: str = "silu") -> Activation:
+def read_activation(
+    reader: ConfigReader, key: str = "hidden_act", default: str = "silu"
+) -> Activation:
     """The gated MLP's activation."""
     name = reader.get_str(key, default)
     if name not in _ACTIVATIONS:
@@ -20,7 +22,7 @@ def read_activation(reader: ConfigReader, key: str = "hidden_act", default: str 
     return _ACTIVATIONS[name]
 
 
-def read_heads(reader: ConfigReader) -> dict[str, int]:
+def read_heads(reader: ConfigReader) -> dict[str, Any]:
     """Sizes every GQA decoder has: the ``num_*``, ``head_dim`` and ``*_size`` fields."""
     hidden = reader.get_int("hidden_size")
     heads = reader.get_int("num_attention_heads")

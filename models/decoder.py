@@ -79,6 +79,22 @@ class Decoder:
         )
         self.ropes = [rope_table(rope, max_len, source.device) for rope in config.ropes]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight matrices; a tied head counts once."""
+        linears = [
+            linear.nbytes
+            for block in self.blocks
+            for linear in (
+                block.attention.qkv,
+                block.attention.out,
+                block.mlp.gate_up,
+                block.mlp.down,
+            )
+        ]
+        head = 0 if self.head is self.embedding else self.head.nbytes
+        return sum(linears) + self.embedding.nbytes + head
+
     def hidden(self, batch: Batch, cache: KVCache) -> Tensor:
         """Final-norm hidden states of the rows in ``batch.logit_rows``, [L, hidden]."""
         config = self.config

@@ -21,7 +21,7 @@ def rope_table(config: RopeConfig, length: int, device: torch.device) -> Tensor:
     """``[length, dim]`` float32: cos in the first half of a row, sin in the second."""
     exponents = torch.arange(0, config.dim, 2, dtype=torch.float64) / config.dim
     inverse, factor = RULES[config.rule](config.theta**-exponents, config)
-    # transformers keeps the inverse frequencies in float32: rounding there keeps long contexts equal
+    # transformers rounds the inverse frequencies to float32, which shows in long contexts
     angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse.float())
     return (torch.cat((angles.cos(), angles.sin()), dim=1) * factor).to(device)
 
@@ -64,9 +64,8 @@ def _yarn(inverse: Tensor, config: RopeConfig) -> tuple[Tensor, float]:
     )
 
     def dim_of(rotations: float) -> float:
-        return (
-            config.dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(config.theta))
-        )
+        turns = original / (rotations * 2 * math.pi)
+        return config.dim * math.log(turns) / (2 * math.log(config.theta))
 
     low = dim_of(_number(config, "beta_fast", 32.0))
     high = dim_of(_number(config, "beta_slow", 1.0))

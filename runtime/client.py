@@ -163,6 +163,10 @@ class ProcessEngine:
     def abort(self, request_id: int) -> None:
         self._send(Abort(request_id))
 
+    def kill(self) -> None:
+        """End the child at once, by force. From any thread; a waiting ``start`` fails then."""
+        self._process.kill()
+
     def close(self) -> None:
         """End the child, by force if it does not follow."""
         self._detach()
@@ -248,4 +252,3 @@ def _show(
     if message.done:
         own.close()
         del phases[message.name]
-

@@ -54,9 +54,9 @@ def _keep_row(
     """One row of ``keep_prefix`` on the CPU, sorting only tokens that may be kept."""
     considered = weights
     if mass < float("inf"):
-        # All tokens that weigh no more than this are together lighter than what top-p drops.
+        # All tokens that weigh less than this are together lighter than what top-p drops.
         total = float(weights.sum(dtype=np.float64))
-        considered = weights[weights > max(total - mass, 0.0) / len(weights) * (1.0 - 1e-9)]
+        considered = weights[weights > max(total - mass, 0.0) / len(weights) * (1.0 - 1e-6)]
     if top_k < len(considered):
         considered = np.partition(considered, len(considered) - top_k)[-top_k:]
     if mass < float("inf"):

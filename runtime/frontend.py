@@ -94,6 +94,8 @@ class Frontend:
         **variables: Any,
     ) -> str:
         """The chat as one string, by the model's template. Raises TemplateError."""
+        if isinstance(self.template, TemplateError):
+            raise self.template
         if self.template is None:
             raise TemplateError("this model has no chat template; give one with --chat-template")
         return self.template.render(
@@ -137,7 +139,9 @@ class Frontend:
                 raise EngineDead(self._dead)
             room = self.card.max_seqs + self.card.max_queue
             if len(self._active) + params.n > room:
-                raise QueueFull(f"{len(self._active)} sequences are unfinished, the limit is {room}")
+                raise QueueFull(
+                    f"{len(self._active)} sequences are unfinished, the limit is {room}"
+                )
             first = self._next_id
             self._next_id += params.n
             generation = Generation(first, len(prompt_ids), params.n, on_delta, streams)
@@ -203,4 +207,3 @@ def _choice_params(params: SamplingParams, index: int) -> SamplingParams:
     """The engine's view of one of n choices: each has its own seed."""
     seed = params.seed if params.seed is None or index == 0 else (params.seed + index) % 2**63
     return msgspec.structs.replace(params, n=1, seed=seed)
-

@@ -4,6 +4,7 @@ Frames on the socket pair are a 4-byte little-endian length and one message.
 """
 
 import struct
+from typing import Literal
 
 import msgspec
 
@@ -16,7 +17,7 @@ MAX_FRAME = 1 << 30  # bytes; both ends are ours, so this only catches a broken 
 class Load(msgspec.Struct, array_like=True, tag=True, frozen=True):
     """First message to an engine process."""
 
-    kind: str  # ModelFiles.kind
+    kind: Literal["gguf", "safetensors"]
     paths: list[str]
     folder: str
     name: str
@@ -93,7 +94,7 @@ class FrameReader:
     """Cuts a byte stream into messages of ``kind`` (a union of Structs)."""
 
     def __init__(self, kind: object) -> None:
-        self._decoder = msgspec.msgpack.Decoder(kind)  # type: ignore[call-overload]
+        self._decoder = msgspec.msgpack.Decoder(kind)
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[ToEngine | FromEngine]:

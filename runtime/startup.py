@@ -1,7 +1,7 @@
 """From options to a running engine: find the files, load, size the KV cache, report."""
 
-import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from squall.models.decoder import Decoder
 from squall.runtime.client import ProcessEngine, ThreadEngine
 from squall.runtime.engine import Engine, probe_batch
 from squall.runtime.frontend import Frontend
+from squall.runtime.memory import KVPlan, MemoryFacts, OptionError, check_options, plan_kv
 from squall.runtime.messages import Load, ModelCard
 from squall.runtime.options import EngineOptions
 from squall.runtime.params import SamplingParams
@@ -25,11 +26,6 @@ from squall.runtime.sampler import Sampler, SampleRow
 from squall.runtime.scheduler import Limits
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-BLOCK_SIZES = (8, 16, 32, 64)
-
-
-class OptionError(ValueError):
-    """An engine option has a value that cannot be used; the message is one line."""
 
 
 def model_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -73,8 +69,16 @@ def open_thread(options: EngineOptions, progress: Progress) -> Frontend:
     return Frontend(card, assets, ThreadEngine(engine))
 
 
-def open_process(options: EngineOptions, progress: Progress) -> tuple[Frontend, ProcessEngine]:
-    """An engine in a process of its own; events flow once ``attach`` was called on it."""
+def open_process(
+    options: EngineOptions,
+    progress: Progress,
+    on_child: Callable[[ProcessEngine], None] = lambda engine: None,
+) -> tuple[Frontend, ProcessEngine]:
+    """An engine in a process of its own; events flow once ``attach`` was called on it.
+
+    ``on_child`` gets the engine as soon as its process runs, before it loads: another thread may
+    ``kill`` it to end this call early.
+    """
     files = find_model(options, progress)
     load = Load(
         kind=files.kind,
@@ -85,12 +89,102 @@ def open_process(options: EngineOptions, progress: Progress) -> tuple[Frontend, 
     )
     engine = ProcessEngine(load)
     try:
+        on_child(engine)
         assets = Checkpoint(files).text(_template_file(options))  # while the child imports torch
         card = engine.start(progress)
     except BaseException:
         engine.close()
         raise
     return Frontend(card, assets, engine), engine
+
+
+def _build(
+    checkpoint: Checkpoint, options: EngineOptions, progress: Progress
+) -> tuple[Engine, ModelCard]:
+    check_options(options)
+    device = resolve_device(options.device)
+    dtype = model_dtype(options.dtype, device)
+    config = checkpoint.config()
+    longest = min(options.max_seq_len or config.max_position, config.max_position)
+    model = checkpoint.decoder(device, dtype, longest, progress)
+    facts = _measure(model, options)
+    plan = plan_kv(options, facts, config.kv_bytes_per_token(dtype.itemsize), config.max_position)
+    cache = _cache(model, plan.blocks, options.pa_blk_size)
+    engine = Engine(model, cache, _limits(options, plan))
+    card = ModelCard(
+        name=checkpoint.files.name,
+        created=int(time.time()),
+        format=checkpoint.format(),
+        device=backend_of(device).describe(device),
+        dtype=next(name for name, value in DTYPES.items() if value == dtype),
+        vocab_size=config.vocab_size,
+        max_model_len=plan.max_seq_len,
+        kv_tokens=plan.blocks * options.pa_blk_size,
+        max_seqs=options.max_seqs,
+        max_queue=options.max_queue,
+        weight_bytes=facts.weights,
+        kv_bytes=cache.nbytes,
+    )
+    return engine, card
+
+
+def _limits(options: EngineOptions, plan: KVPlan) -> Limits:
+    return Limits(
+        max_seqs=options.max_seqs,
+        token_budget=max(options.token_budget, options.max_seqs),
+        block_size=options.pa_blk_size,
+        max_queue=options.max_queue,
+        max_seq_len=plan.max_seq_len,
+    )
+
+
+def _cache(model: Decoder, blocks: int, block_size: int) -> KVCache:
+    config = model.config
+    heads = (config.num_kv_heads, config.head_dim)
+    layers = config.num_layers
+    return KVCache.allocate(layers, blocks, block_size, heads, model.dtype, model.device)
+
+
+def _measure(model: Decoder, options: EngineOptions) -> MemoryFacts:
+    """Memory as it is with the weights loaded, and the peak of the largest legal step."""
+    backend = backend_of(model.device)
+    tokens = min(options.token_budget, options.max_seq_len or model.config.max_position)
+    on_cpu = model.device.type in ("cpu", "mps")
+    activations = (
+        _estimate_activations(model.config, tokens, options.max_seqs, model.dtype.itemsize)
+        if on_cpu
+        else _probe_activations(model, tokens, options)
+    )
+    free, total = backend.memory(model.device)
+    return MemoryFacts(
+        str(model.device), total, free, model.nbytes, activations, lazy=model.device.type == "cpu"
+    )
+
+
+@torch.inference_mode()
+def _probe_activations(model: Decoder, tokens: int, options: EngineOptions) -> int:
+    """Run the largest legal step, every sampling feature on, and read the allocator's peak."""
+    module = torch.cuda if model.device.type == "cuda" else torch.xpu
+    cache = _cache(model, -(-tokens // options.pa_blk_size), options.pa_blk_size)
+    before = module.memory_allocated(model.device)
+    module.reset_peak_memory_stats(model.device)
+    batch = probe_batch(tokens, options.max_seqs, options.pa_blk_size, model.device)
+    logits = model(batch, cache)
+    params = SamplingParams(top_k=50, top_p=0.9, min_p=0.1, presence_penalty=0.5, logprobs=20)
+    rows = [SampleRow(params=params, prompt_ids=[0], output_ids=[]) for _ in logits]
+    Sampler(model.config.vocab_size, model.device).sample(logits, rows)
+    peak = module.max_memory_allocated(model.device) - before
+    del logits, batch, cache
+    module.empty_cache()
+    return int(peak)
+
+
+def _estimate_activations(config: DecoderConfig, tokens: int, seqs: int, itemsize: int) -> int:
+    """The largest step's live tensors: residual stream and the widest layer's, and the logits
+    with the sampler's copies (float32)."""
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    widest = 4 * config.hidden_size + max(heads, 3 * config.intermediate_size)
+    return tokens * widest * itemsize + 3 * seqs * config.vocab_size * 4
 
 
 def _template_file(options: EngineOptions) -> Path | None:

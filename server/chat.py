@@ -16,7 +16,6 @@ from squall.server.messages import Request, Response, StreamingResponse
 from squall.server.params import (
     chat_params,
     template_messages,
-    text_size,
     validate,
     wants_usage,
 )
@@ -28,11 +27,11 @@ _decoder = msgspec.json.Decoder(ChatBody)
 _encode = msgspec.json.Encoder().encode
 
 
-class AnswerMessage(msgspec.Struct, frozen=True):
+class AnswerMessage(msgspec.Struct, frozen=True, kw_only=True):
     """The assistant's message."""
 
-    content: str
     role: str = "assistant"
+    content: str
     refusal: None = None
 
 
@@ -45,15 +44,15 @@ class ChatChoice(msgspec.Struct, frozen=True):
     finish_reason: str
 
 
-class ChatAnswer(msgspec.Struct, frozen=True):
+class ChatAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """The body of an answer that is not streamed."""
 
     id: str
+    object: str = "chat.completion"
     created: int  # Unix seconds
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    object: str = "chat.completion"
 
 
 class ChatChunks:
@@ -110,11 +109,11 @@ async def encode_messages(
         return backend.encode_chat(text)
 
     try:
-        return await state.off_loop(text_size(chat), work)
+        # Always off the loop: a template may compute for seconds, and another request's may be
+        # doing that now, which would keep this one waiting.
+        return await state.in_thread(work)
     except TemplateError as error:
-        raise ApiError(
-            400, f"chat template: {error}", param="messages", code="template_error"
-        ) from None
+        raise ApiError(400, str(error), param="messages", code="template_error") from None
 
 
 async def chat_completions(state: ServerState, request: Request) -> Response | StreamingResponse:
@@ -136,18 +135,18 @@ async def chat_completions(state: ServerState, request: Request) -> Response | S
         return stream(state, backend, chunks, [prompt], params, "messages")
     choices, usage = await collect(state, backend, [prompt], params, "messages")
     answer = ChatAnswer(
-        answer_id,
-        created,
-        model,
-        [
+        id=answer_id,
+        created=created,
+        model=model,
+        usage=usage,
+        choices=[
             ChatChoice(
                 index,
-                AnswerMessage(choice.text),
+                AnswerMessage(content=choice.text),
                 None if params.logprobs is None else chat_logprobs(choice.logprobs),
                 choice.finish_reason,
             )
             for index, choice in enumerate(choices)
         ],
-        usage,
     )
     return Response(body=_encode(answer))

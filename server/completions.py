@@ -35,15 +35,15 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     finish_reason: str | None
 
 
-class CompletionAnswer(msgspec.Struct, frozen=True):
+class CompletionAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """The body of an answer that is not streamed."""
 
     id: str
+    object: str = "text_completion"
     created: int  # Unix seconds
     model: str
     choices: list[CompletionChoice]
     usage: Usage
-    object: str = "text_completion"
 
 
 class CompletionChunks:
@@ -130,7 +130,7 @@ async def encode_prompts(
         ]
 
     size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-    return await state.off_loop(size, work)
+    return await state.work_on(size, work)
 
 
 def check_ids(field: str, ids: list[int], vocab_size: int) -> None:
@@ -170,10 +170,11 @@ async def completions(state: ServerState, request: Request) -> Response | Stream
         return stream(state, backend, chunks, prompts, params, "prompt")
     choices, usage = await collect(state, backend, prompts, params, "prompt")
     answer = CompletionAnswer(
-        answer_id,
-        created,
-        model,
-        [
+        id=answer_id,
+        created=created,
+        model=model,
+        usage=usage,
+        choices=[
             CompletionChoice(
                 index,
                 echo + choice.text,
@@ -184,6 +185,5 @@ async def completions(state: ServerState, request: Request) -> Response | Stream
             )
             for index, (echo, choice) in enumerate(zip(echoes, choices, strict=True))
         ],
-        usage,
     )
     return Response(body=_encode(answer))

@@ -22,18 +22,19 @@ _detokenize_decoder = msgspec.json.Decoder(DetokenizeBody)
 MODELS = "/v1/models"
 
 
-class ModelEntry(msgspec.Struct, frozen=True):
+class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One entry of GET /v1/models."""
 
     id: str
-    created: int  # Unix seconds
-    max_model_len: int
     object: str = "model"
+    created: int  # Unix seconds
     owned_by: str = "squall"
+    max_model_len: int  # tokens
 
 
 def _entry(backend: Backend, name: str) -> ModelEntry:
-    return ModelEntry(name, backend.card.created, backend.card.max_model_len)
+    card = backend.card
+    return ModelEntry(id=name, created=card.created, max_model_len=card.max_model_len)
 
 
 async def list_models(state: ServerState, request: Request) -> Response:
@@ -80,7 +81,7 @@ async def tokenize(state: ServerState, request: Request) -> Response:
         encode = backend.encode_text
         if body.add_special_tokens is False:
             encode = partial(backend.tokenizer.encode, add_special=False)
-        ids = await state.off_loop(len(text), encode, text)
+        ids = await state.work_on(len(text), partial(encode, text))
     limit = backend.card.max_model_len
     return Response(body=_encode({"tokens": ids, "count": len(ids), "max_model_len": limit}))
 
@@ -92,7 +93,7 @@ async def detokenize(state: ServerState, request: Request) -> Response:
     state.check_model(backend, body.model)
     check_ids("tokens", body.tokens, backend.card.vocab_size)
     decode_ids = partial(backend.tokenizer.decode, skip_special=bool(body.skip_special_tokens))
-    text = await state.off_loop(len(body.tokens), decode_ids, body.tokens)
+    text = await state.work_on(len(body.tokens), partial(decode_ids, body.tokens))
     return Response(body=_encode({"text": text, "prompt": text}))
 
 

@@ -1,6 +1,6 @@
 """Request bodies to ``SamplingParams`` and to the messages a chat template is given."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -8,6 +8,7 @@ import msgspec
 from squall.runtime.params import ParamError, SamplingParams
 from squall.server.errors import ApiError
 from squall.server.schema import (
+    AnyPart,
     AssistantMessage,
     ChatBody,
     CompletionBody,
@@ -156,28 +157,22 @@ def _logit_bias(given: dict[str, float]) -> dict[int, float]:
 
 
 def template_messages(messages: Iterable[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates expect them: content is one string (parts joined by newlines),
-    ``developer`` is ``system``, a tool call's arguments are an object. Raises ApiError."""
-    return [_template_message(i, message) for i, message in enumerate(messages)]
+    """Messages as ``ChatTemplate.render`` takes them; ``developer``, which few templates know,
+    is ``system``. Raises ApiError."""
+    return [_template_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
 
 
-def _template_message(index: int, message: Message) -> dict[str, Any]:
-    at = f"messages[{index}]"
+def _template_message(at: str, message: Message) -> dict[str, Any]:
     role = "system" if isinstance(message, DeveloperMessage) else message.__struct_config__.tag
-    out: dict[str, Any] = {"role": role}
-    if message.content is not None:
-        out["content"] = _text(f"{at}.content", message.content)
+    out: dict[str, Any] = {"role": role, "content": _content(f"{at}.content", message.content)}
     if message.name is not None:
         out["name"] = message.name
     if isinstance(message, ToolMessage):
         out["tool_call_id"] = message.tool_call_id
     if isinstance(message, AssistantMessage):
         if message.tool_calls:
-            out["tool_calls"] = [
-                _tool_call(f"{at}.tool_calls[{i}]", call)
-                for i, call in enumerate(message.tool_calls)
-            ]
-            out.setdefault("content", "")
+            calls = enumerate(message.tool_calls)
+            out["tool_calls"] = [_tool_call(f"{at}.tool_calls[{i}]", call) for i, call in calls]
         elif message.content is None:
             raise ApiError(
                 400,
@@ -187,13 +182,12 @@ def _template_message(index: int, message: Message) -> dict[str, Any]:
     return out
 
 
-def _text(at: str, content: "str | Iterable[Any]") -> str:
-    if isinstance(content, str):
+def _content(at: str, content: str | Sequence[AnyPart] | None) -> Any:
+    if content is None or isinstance(content, str):
         return content
-    texts: list[str] = []
     for i, part in enumerate(content):
         if not isinstance(part, TextPart):
-            kind = part.__struct_config__.tag
+            kind = str(part.__struct_config__.tag)
             what = {"image_url": "images", "input_audio": "audio", "file": "files"}[kind]
             raise ApiError(
                 400,
@@ -201,23 +195,14 @@ def _text(at: str, content: "str | Iterable[Any]") -> str:
                 param=f"{at}[{i}].type",
                 code="unsupported_content",
             )
-        texts.append(part.text)
-    return "\n".join(texts)
+    return [msgspec.to_builtins(part) for part in content]
 
 
 def _tool_call(at: str, call: ToolCall) -> dict[str, Any]:
     try:
-        arguments = msgspec.json.decode(call.function.arguments, type=dict[str, Any])
+        msgspec.json.decode(call.function.arguments, type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeError, RecursionError):
         field = f"{at}.function.arguments"
         raise ApiError(400, f"{field} is not a JSON object", param=field) from None
-    return {
-        "id": call.id,
-        "type": call.type,
-        "function": {"name": call.function.name, "arguments": arguments},
-    }
-
-
-def text_size(messages: Iterable[dict[str, Any]]) -> int:
-    """Characters a template has to put together, tool calls left aside."""
-    return sum(len(message.get("content", "")) for message in messages)
+    shown: dict[str, Any] = msgspec.to_builtins(call)
+    return shown

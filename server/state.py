@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from squall.server.backend import Backend
 from squall.server.errors import ApiError, unavailable
@@ -12,10 +12,9 @@ from squall.server.errors import ApiError, unavailable
 if TYPE_CHECKING:
     from squall.server.generations import Generations
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
-INLINE_CHARACTERS = 8 * 1024  # longer prompts are rendered and tokenized off the event loop
+INLINE_CHARACTERS = 8 * 1024  # longer texts are tokenized off the event loop
 TEXT_THREADS = 2
 
 
@@ -67,14 +66,13 @@ class ServerState:
             code="model_not_found",
         )
 
-    async def off_loop(
-        self, size: int, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        """Call ``function``, on a worker thread when it has ``size`` > 8 Ki characters to chew."""
-        if size <= INLINE_CHARACTERS:
-            return function(*args, **kwargs)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
+    async def in_thread(self, function: Callable[[], T]) -> T:
+        """Call ``function`` on a worker thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+
+    async def work_on(self, size: int, function: Callable[[], T]) -> T:
+        """Call ``function``, on a worker thread when it has more than 8 Ki characters to do."""
+        return function() if size <= INLINE_CHARACTERS else await self.in_thread(function)
 
     def fail_running(self, error: ApiError) -> None:
         """End every running generation with ``error``."""

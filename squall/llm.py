@@ -199,5 +199,5 @@ def _as_list(prompts: str | Chat | list[str] | list[Chat]) -> list[str | Chat]:
     if isinstance(prompts, str):
         return [prompts]
     if prompts and isinstance(prompts[0], dict):
-        return [prompts]  # type: ignore[list-item]
+        return [prompts]
     return list(prompts)  # type: ignore[arg-type]

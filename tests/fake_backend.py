@@ -2,20 +2,24 @@
 
 Not a test module: loaded by path, and run as a script by the tests that need a process. What a
 prompt contains decides what happens: ``FOREVER`` never ends, ``FLOOD`` produces 200,000 words in
-steps of 500, ``FAIL`` breaks after two words, ``SILENT`` waits 0.3 s before its first word.
+steps of 1000, ``FAIL`` breaks after two words, ``SILENT`` waits 0.3 s before its first word.
 """
 
 import asyncio
+import json
 import os
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 
 from squall.loaders.chat_template import TemplateError
+from squall.loaders.errors import ModelLoadError
 from squall.runtime.frontend import EmptyPrompt, EngineDead, PromptTooLong, QueueFull
 from squall.runtime.messages import ModelCard
 from squall.runtime.output import Delta, Logprob
 from squall.runtime.params import SamplingParams
+from squall.server.app import ServeOptions, serve
 
 WORDS = ("Hello", " wörld", " 🌍", ",", ' "quoted"\n', " and", " done", ".")
 TEXT = "".join(WORDS)
@@ -76,12 +80,10 @@ class FakeBackend:
         self.threads: set[str] = set()
 
     def render_chat(self, messages, *, tools=None, add_generation_prompt=True):
-        import threading
-
         self.threads.add(threading.current_thread().name)
         for message in messages:
-            if "BADTEMPLATE" in message["content"]:
-                raise TemplateError("line 7: roles must alternate")
+            if message["content"] == "BADTEMPLATE":
+                raise TemplateError("roles must alternate", 7)
         text = "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
         return text + "<assistant>" * add_generation_prompt
 
@@ -89,6 +91,7 @@ class FakeBackend:
         return self.tokenizer.encode(text)
 
     def encode_text(self, text):
+        self.threads.add(threading.current_thread().name)
         return self.tokenizer.encode(text) if text else []
 
     def start(self, prompt_ids, params, on_delta):
@@ -129,7 +132,7 @@ class FakeBackend:
             await asyncio.sleep(0.3)
         words, per_step = list(WORDS), 1
         if "FLOOD" in prompt:
-            words, per_step = ["0123456789" * 2] * 200_000, 500
+            words, per_step = ["0123456789" * 4] * 200_000, 1000
         position = 0
         while True:
             await asyncio.sleep(self.step)
@@ -181,26 +184,49 @@ class FakeBackend:
         )
 
 
-def main() -> int:
-    """``fake_backend.py PORT STEP SHUTDOWN_TIMEOUT [die-after SECONDS | load SECONDS]``."""
-    from squall.server.app import ServeOptions, serve
-
-    port, step, timeout = int(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
-    mode, seconds = (sys.argv[4], float(sys.argv[5])) if len(sys.argv) > 4 else ("", 0.0)
+def run_serve(port: int, step: float, timeout: float, mode: str, seconds: float) -> int:
+    """``serve`` a fake model; ``mode`` is ``""``, ``"load"`` (takes ``seconds`` to load),
+    ``"fail"`` (does not load) or ``"die"`` (the engine dies after ``seconds``)."""
     backend = FakeBackend(step)
 
     async def load() -> FakeBackend:
         if mode == "load":
             await asyncio.sleep(seconds)
-        elif mode == "die-after":
+        elif mode == "fail":
+            raise ModelLoadError("model.gguf: truncated")
+        elif mode == "die":
             asyncio.get_running_loop().call_later(seconds, backend.die)
         return backend
 
-    code = serve(load, ServeOptions(port=port, shutdown_timeout=timeout))
-    print(f"closed={backend.closed} cancelled={len(backend.cancelled)}", flush=True)
-    return code
+    try:
+        return serve(load, ServeOptions(port=port, shutdown_timeout=timeout))
+    except ModelLoadError as error:
+        print(f"caught: {error}", file=sys.stderr)
+        return 3
+    finally:
+        print(f"closed={backend.closed} cancelled={len(backend.cancelled)}", flush=True)
+
+
+def zygote() -> None:
+    """Fork servers on request: importing everything anew for each would take seconds.
+
+    Reads JSON lines: ``{"log": FILE, "args": [...]}`` answers the process id, ``{"wait": PID}``
+    its exit code.
+    """
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            print(os.waitstatus_to_exitcode(status), flush=True)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os._exit(run_serve(*request["args"]))
+        print(pid, flush=True)
 
 
 if __name__ == "__main__":
-    os.environ["PYTHONUNBUFFERED"] = "1"
-    sys.exit(main())
+    zygote()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from squall.kernels.cases import Case, random
+from squall.kernels.cases import BOTH, Case, random
 from squall.kernels.lang import next_power_of_2, tl, triton
 from squall.kernels.op import op
 
@@ -21,7 +21,7 @@ def store_kv_reference(
 ) -> None:
     if slots.numel() == 0:
         return
-    if int(slots.min()) < 0:
+    if min(slots.tolist()) < 0:
         kept = (slots >= 0).nonzero().squeeze(1)
         k, v, slots = k.index_select(0, kept), v.index_select(0, kept), slots.index_select(0, kept)
     for new, cache in ((k, k_cache), (v, v_cache)):
@@ -117,7 +117,7 @@ def _case(
     kind = f"-{str(cache_dtype).removeprefix('torch.')}" if cache_dtype else ""
     name = f"store_kv-{tokens}-{block_size}x{heads}x{dim}{kind}{'-skip' if skip else ''}"
     fn, reference, launcher = store_kv, store_kv_reference, store_kv_launcher
-    aot, interpret = tokens in (1, 7), tokens < 100
+    aot, interpret = BOTH * (tokens in (1, 7)), tokens < 100
     return Case(name, fn, reference, launcher, build, (2, 3), interpret, aot)
 
 

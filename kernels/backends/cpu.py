@@ -36,13 +36,17 @@ def paged_attention(
     """``squall.kernels.attention.paged`` on the CPU; rows outside every sequence are zero."""
     starts, contexts = query_start.tolist(), context_lens.tolist()
     whole = len(contexts) == 1 and starts[1] == q.shape[0] and contexts[0] > 0
+    tables = block_tables.numpy()  # a view; indexing it is several times cheaper than a tensor's
+    block_size = k_cache.shape[1]
     out = q if whole else torch.zeros(q.shape, dtype=q.dtype)
     for s, context in enumerate(contexts):
         begin, end = starts[s], starts[s + 1]
         if begin == end or context == 0:
             continue
         first = max(0, context - (end - begin) + 1 - window) if window else 0
-        k, v = _pages(k_cache, v_cache, block_tables[s], first, context)
+        used = tables[s, first // block_size : -(-context // block_size)].tolist()
+        k = _keys(k_cache, used, first, context)
+        v = _keys(v_cache, used, first, context)
         if k.dtype != q.dtype:
             k, v = k.to(q.dtype), v.to(q.dtype)
         rows = q if whole else q[begin:end]
@@ -53,42 +57,34 @@ def paged_attention(
     return out
 
 
-def _pages(
-    k_cache: Tensor, v_cache: Tensor, table: Tensor, first: int, end: int
-) -> tuple[Tensor, Tensor]:
-    """Keys and values [first, end) of one sequence, ``[end - first, KV, D]``."""
-    blocks, block_size, heads, dim = k_cache.shape
-    low = first // block_size
-    used = table[low : (end + block_size - 1) // block_size].tolist()
+def _keys(cache: Tensor, used: list[int], first: int, end: int) -> Tensor:
+    """Rows [first, end) of one sequence as ``[KV, 1, end - first, D]``.
+
+    ``used`` are the blocks that hold them. Blocks in a row are read in place.
+    """
+    _, block_size, heads, dim = cache.shape
+    start = first % block_size
     if used == list(range(used[0], used[0] + len(used))):
-        start, slots = used[0] * block_size + first - low * block_size, blocks * block_size
-        return (
-            k_cache.view(slots, heads, dim).narrow(0, start, end - first),
-            v_cache.view(slots, heads, dim).narrow(0, start, end - first),
-        )
-    index, slots, start = torch.tensor(used), len(used) * block_size, first - low * block_size
-    return (
-        k_cache.index_select(0, index).view(slots, heads, dim).narrow(0, start, end - first),
-        v_cache.index_select(0, index).view(slots, heads, dim).narrow(0, start, end - first),
-    )
+        start += used[0] * block_size
+    else:
+        cache = cache.index_select(0, torch.tensor(used))
+    row = heads * dim
+    offset = cache.storage_offset() + start * row
+    return cache.as_strided((heads, 1, end - first, dim), (dim, row, row, 1), offset)
 
 
 def _sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:
-    """``q [n, H, D]``, the last n positions of ``k``, ``v`` ``[c, KV, D]``, to dense [n, H, D].
+    """``q [n, H, D]``, the last n positions of ``k``, ``v`` ``[KV, 1, c, D]``, to dense [n, H, D].
 
     The first key is one that the first query sees.
     """
     n, heads, dim = q.shape
-    context, kv_heads = k.shape[:2]
-    if softcap:
-        attend = _softcapped
-    elif n == 1:
+    kv_heads, _, context, _ = k.shape
+    if n == 1 and not softcap:
         # Every key is visible. Heads of a group are the rows of one small problem a kv head.
         rows = q.reshape(kv_heads, 1, heads // kv_heads, dim)
-        k, v = k.transpose(0, 1).unsqueeze(1), v.transpose(0, 1).unsqueeze(1)
         return F.scaled_dot_product_attention(rows, k, v, scale=scale).reshape(1, heads, dim)
-    else:
-        attend = _fused
+    attend = _softcapped if softcap else _fused
     if n == context and not window and not softcap:
         return attend(q, k, v, None, scale, softcap)
     out = torch.empty((n, heads, dim), dtype=q.dtype)
@@ -101,21 +97,20 @@ def _sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softca
         visible = keys <= positions
         if window:
             visible &= keys > positions - window
-        values = attend(q[low:high], k[first:end], v[first:end], visible, scale, softcap)
-        out[low:high] = values
+        chunk = k[:, :, first:end], v[:, :, first:end]
+        out[low:high] = attend(q[low:high], *chunk, visible, scale, softcap)
     return out
 
 
 def _fused(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
-    """SDPA; causal over all keys when ``visible`` is None."""
+    """SDPA; causal over all keys when ``visible`` is None. Kv heads are the batch dimension."""
     n, heads, dim = q.shape
-    kv_heads = k.shape[1]
+    kv_heads = k.shape[0]
     group = heads // kv_heads
     rows = q.view(n, kv_heads, group, dim).permute(1, 2, 0, 3)
-    k = k.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
-    v = v.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+    k, v = k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1)
     out = F.scaled_dot_product_attention(
         rows, k, v, attn_mask=visible, is_causal=visible is None, scale=scale
     )
@@ -128,12 +123,13 @@ def _softcapped(
     """SDPA has no softcap: scores as a matrix, float32."""
     assert visible is not None
     n, heads, dim = q.shape
-    kv_heads = k.shape[1]
+    kv_heads, _, keys, _ = k.shape
     rows = q.float().view(n, kv_heads, -1, dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
-    scores = torch.bmm(rows, k.float().permute(1, 2, 0)).mul_(scale / softcap).tanh_().mul_(softcap)
-    scores = scores.view(kv_heads, -1, n, k.shape[0]).masked_fill_(~visible, float("-inf"))
-    weights = scores.softmax(-1).view(kv_heads, -1, k.shape[0])
-    values = torch.bmm(weights, v.float().transpose(0, 1)).view(kv_heads, -1, n, dim)
+    k, v = k.squeeze(1).float(), v.squeeze(1).float()
+    scores = torch.bmm(rows, k.transpose(1, 2)).mul_(scale / softcap).tanh_().mul_(softcap)
+    scores = scores.view(kv_heads, -1, n, keys).masked_fill_(~visible, float("-inf"))
+    weights = scores.softmax(-1).view(kv_heads, -1, keys)
+    values = torch.bmm(weights, v).view(kv_heads, -1, n, dim)
     return values.permute(2, 0, 1, 3).reshape(n, heads, dim).to(q.dtype)
 
 

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
 
-from squall.loaders.tokenizers.detokenize import Pieces, PieceStream, decode
+from squall.loaders.tokenizers.detokenize import Pieces, PieceStream, decode, well_formed
 from squall.loaders.tokenizers.special import SpecialSplitter
 from squall.loaders.tokenizers.vocab import Vocab
 
@@ -50,7 +50,7 @@ class VocabTokenizer(ABC):
         self, text: str, *, add_special: bool = True, parse_special: bool = True
     ) -> list[int]:
         """See ``Tokenizer``. Lone surrogates, which no UTF-8 text has, become U+FFFD."""
-        text = _well_formed(text)
+        text = well_formed(text)
         ids: list[int] = []
         if add_special and self.add_bos and self.bos_id is not None:
             ids.append(self.bos_id)
@@ -95,12 +95,3 @@ class VocabTokenizer(ABC):
         if token_id in vocab.byte:
             return bytes([vocab.byte_of(token_id)])
         return b"" if token_id in vocab.mute else self._text_bytes(token_id)
-
-
-def _well_formed(text: str) -> str:
-    """``text`` with surrogate pairs joined and lone surrogates replaced."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text

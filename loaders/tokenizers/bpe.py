@@ -15,7 +15,13 @@ class BpeTokenizer(VocabTokenizer):
     """``merges``: "left right" strings, the most urgent first (of equal ones the first counts)."""
 
     def __init__(
-        self, vocab: Vocab, merges: Sequence[str], pre: PreTokenizer, *, add_bos: bool, add_eos: bool
+        self,
+        vocab: Vocab,
+        merges: Sequence[str],
+        pre: PreTokenizer,
+        *,
+        add_bos: bool,
+        add_eos: bool,
     ) -> None:
         super().__init__(vocab, add_bos=add_bos, add_eos=add_eos, strip_space=False)
         last = len(merges) - 1

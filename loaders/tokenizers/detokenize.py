@@ -17,7 +17,7 @@ class Pieces(dict[int, bytes]):
 
 
 def decode(pieces: Pieces, ids: Sequence[int], strip_space: bool) -> str:
-    """The text of ``ids``; invalid UTF-8 becomes U+FFFD, ``strip_space`` drops one leading space."""
+    """The text of ``ids``: invalid UTF-8 becomes U+FFFD, ``strip_space`` drops a leading space."""
     text = b"".join([pieces[i] for i in ids]).decode("utf-8", "replace")
     return text.removeprefix(" ") if strip_space else text
 
@@ -63,8 +63,17 @@ def byte_level_encode(text: str) -> str:
 
 
 def byte_level_decode(token: str) -> bytes:
-    """The bytes that ``token`` spells; one with characters outside the alphabet stands for itself."""
+    """The bytes that ``token`` spells; one with other characters in it stands for itself."""
     try:
         return bytes([CHAR_TO_BYTE[char] for char in token])
     except KeyError:
         return token.encode()
+
+
+def well_formed(text: str) -> str:
+    """``text`` with surrogate pairs joined and lone surrogates replaced."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text

@@ -24,14 +24,16 @@ def gguf_tokenizer(metadata: Mapping[str, Any], path: str | Path) -> Tokenizer:
     if model is None:
         raise fields.error("model", "missing: the file holds no tokenizer")
     if model == "llama":
-        return _spm(fields, metadata)
+        return _spm(fields)
     if model in _MODELS:
-        return _bpe(fields, metadata, model)
-    raise fields.error("model", f"unsupported tokenizer {model!r} (supported: {', '.join(_MODELS)})")
+        return _bpe(fields, model)
+    raise fields.error(
+        "model", f"unsupported tokenizer {model!r} (supported: {', '.join(_MODELS)})"
+    )
 
 
-def _spm(fields: Fields, metadata: Mapping[str, Any]) -> Tokenizer:
-    vocab = read_vocab(fields, metadata, spm=True)
+def _spm(fields: Fields) -> Tokenizer:
+    vocab = read_vocab(fields, spm=True)
     add_bos, add_eos = fields.flag("add_bos_token", True), fields.flag("add_eos_token", False)
     _need(fields, "bos", vocab.bos_id, add_bos)
     _need(fields, "eos", vocab.eos_id, add_eos)
@@ -39,13 +41,13 @@ def _spm(fields: Fields, metadata: Mapping[str, Any]) -> Tokenizer:
     return SpmTokenizer(vocab, add_bos=add_bos, add_eos=add_eos, space_prefix=prefix)
 
 
-def _bpe(fields: Fields, metadata: Mapping[str, Any], model: str) -> Tokenizer:
+def _bpe(fields: Fields, model: str) -> Tokenizer:
     name = "gemma4" if model == "gemma4" else fields.string("pre") or "default"
     pre = PRE_TOKENIZERS.get(name)
     if pre is None:
         known = ", ".join(sorted(PRE_TOKENIZERS))
         raise fields.error("pre", f"unknown pre-tokenizer {name!r} (known: {known})")
-    vocab = read_vocab(fields, metadata, spm=False)
+    vocab = read_vocab(fields, spm=False)
     merges = fields.array("merges", str, "strings")
     if not (merges is None and pre.split.han):  # Kimi K2's files have none: every word is a token
         merges = fields.required("merges", merges)

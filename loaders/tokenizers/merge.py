@@ -3,8 +3,12 @@
 from collections.abc import Mapping
 from heapq import heapify, heappop, heappush
 
+_LEFT = 32  # bits of a heap entry for the joint length; the same number above it for the index
+_RANK = 64
+_MASK = (1 << 32) - 1
 
-def merge(symbols: list[str], order: Mapping[str, float], joint: str) -> list[str]:
+
+def merge(symbols: list[str], order: Mapping[str, int], joint: str) -> list[str]:
     """Merge neighbours until none can be merged; returns the remaining pieces in text order.
 
     The pair whose ``order[left + joint + right]`` is smallest goes first, the leftmost of equals;
@@ -14,37 +18,43 @@ def merge(symbols: list[str], order: Mapping[str, float], joint: str) -> list[st
     count = len(symbols)
     if count < 2:
         return symbols
-    rank = order.get
-    heap: list[tuple[float, int, int, int]] = []  # order, left index, right index, joint length
-    for right in range(1, count):
-        a, b = symbols[right - 1], symbols[right]
-        found = rank(a + joint + b)
-        if found is not None:
-            heap.append((found, right - 1, right, len(a) + len(b)))
+    find = order.get
+    # An entry is one integer, (order, index of the left symbol, joint length): no tuples for the
+    # garbage collector to go through. The joint length of a left symbol and its neighbour only
+    # grows, so an entry is outdated exactly if the length is not the present one.
+    heap: list[int] = []
+    a = symbols[0]
+    for left in range(count - 1):
+        b = symbols[left + 1]
+        rank = find(a + joint + b)
+        if rank is not None:
+            heap.append(rank << _RANK | left << _LEFT | len(a) + len(b))
+        a = b
     if not heap:
         return symbols
     heapify(heap)
     after = [*range(1, count), -1]
     before = list(range(-1, count - 1))
     while heap:
-        _, left, right, size = heappop(heap)
-        a, b = symbols[left], symbols[right]
-        # Symbols only ever grow to the right; two live ones of the old joint length are unchanged.
-        if not a or not b or len(a) + len(b) != size:
+        entry = heappop(heap)
+        left = entry >> _LEFT & _MASK
+        a = symbols[left]
+        right = after[left]
+        if not a or right < 0 or len(a) + len(symbols[right]) != entry & _MASK:
             continue
-        merged = symbols[left] = a + b
+        merged = symbols[left] = a + symbols[right]
         symbols[right] = ""
         following = after[left] = after[right]
         if following >= 0:
             before[following] = left
             b = symbols[following]
-            found = rank(merged + joint + b)
-            if found is not None:
-                heappush(heap, (found, left, following, len(merged) + len(b)))
+            rank = find(merged + joint + b)
+            if rank is not None:
+                heappush(heap, rank << _RANK | left << _LEFT | len(merged) + len(b))
         previous = before[left]
         if previous >= 0:
             a = symbols[previous]
-            found = rank(a + joint + merged)
-            if found is not None:
-                heappush(heap, (found, previous, left, len(a) + len(merged)))
+            rank = find(a + joint + merged)
+            if rank is not None:
+                heappush(heap, rank << _RANK | previous << _LEFT | len(a) + len(merged))
     return [symbol for symbol in symbols if symbol]

@@ -203,9 +203,7 @@ _FAMILIES: tuple[tuple[str, PreTokenizer], ...] = (
     ),
     (
         "falcon",
-        PreTokenizer(
-            _cut(Regex(r"[\p{P}$+<=>^~|`]+"), _GPT2, Regex("[0-9][0-9][0-9]", wide=True))
-        ),
+        PreTokenizer(_cut(Regex(r"[\p{P}$+<=>^~|`]+"), _GPT2, Regex("[0-9][0-9][0-9]", wide=True))),
     ),
     (
         "starcoder refact command-r smollm codeshell exaone minerva-7b mellum2",

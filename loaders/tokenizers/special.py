@@ -91,9 +91,7 @@ class SpecialSplitter:
         return spans
 
     @staticmethod
-    def _swallow(
-        start: int, end: int, used: bytearray, spans: list[tuple[int, int, int]]
-    ) -> None:
+    def _swallow(start: int, end: int, used: bytearray, spans: list[tuple[int, int, int]]) -> None:
         if end > start:
             used[start:end] = b"\1" * (end - start)
             spans.append((start, end, -1))

@@ -142,7 +142,8 @@ class Splitter:
         view = View(text, classes, narrow_spaces(text))
         ends = [len(text)]
         for stage in self.stages:
-            start, cuts = 0, []
+            start = 0
+            cuts: list[int] = []
             for end in ends:
                 cuts.extend(stage.ends(view, start, end))
                 start = end

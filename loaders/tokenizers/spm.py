@@ -7,6 +7,8 @@ as U+2581; a character that is no piece becomes its UTF-8 bytes' tokens ``<0x..>
 import re
 from collections.abc import Sequence
 
+import numpy as np
+
 from squall.loaders.tokenizers.base import VocabTokenizer
 from squall.loaders.tokenizers.merge import merge
 from squall.loaders.tokenizers.vocab import Vocab
@@ -22,7 +24,8 @@ class SpmTokenizer(VocabTokenizer):
         if vocab.scores is None:
             raise ValueError("a score-based vocabulary needs scores")
         self._prefix = _SPACE if space_prefix else ""
-        self._order = {t: -s for t, s in zip(vocab.tokens, vocab.scores, strict=True)}
+        _, ranks = np.unique(-np.array(vocab.scores), return_inverse=True)  # the best score: 0
+        self._order: dict[str, int] = dict(zip(vocab.tokens, ranks.tolist(), strict=True))
         self._word_starts = re.compile(f"(?<={self._final_characters()})(?={_SPACE})")
         self._bytes = [self._byte_token(byte) for byte in range(256)]
 

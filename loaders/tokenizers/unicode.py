@@ -65,7 +65,8 @@ def collapse(text: str, han: bool = False) -> str:
     if text.isascii():
         return text
     points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
-    return _table(han)[points].tobytes().decode("latin-1")
+    classes: bytes = _table(han)[points].tobytes()
+    return classes.decode("latin-1")
 
 
 def narrow_spaces(text: str) -> str:

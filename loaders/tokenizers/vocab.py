@@ -44,18 +44,24 @@ _END_NAMES = (
 _FIM_ROLES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (
         ("fim_pre_token_id", "prefix_token_id"),
-        ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<\uff5cfim\u2581begin\uff5c>", "<PRE>")
-        + ("\u2581<PRE>", "<|code_prefix|>", "<|prefix|>"),
+        (
+            *("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<\uff5cfim\u2581begin\uff5c>"),
+            *("<PRE>", "\u2581<PRE>", "<|code_prefix|>", "<|prefix|>"),
+        ),
     ),
     (
         ("fim_suf_token_id", "suffix_token_id"),
-        ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<\uff5cfim\u2581hole\uff5c>", "<SUF>")
-        + ("\u2581<SUF>", "<|code_suffix|>", "<|suffix|>"),
+        (
+            *("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<\uff5cfim\u2581hole\uff5c>"),
+            *("<SUF>", "\u2581<SUF>", "<|code_suffix|>", "<|suffix|>"),
+        ),
     ),
     (
         ("fim_mid_token_id", "middle_token_id"),
-        ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<\uff5cfim\u2581end\uff5c>", "<MID>")
-        + ("\u2581<MID>", "<|code_middle|>", "<|middle|>"),
+        (
+            *("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<\uff5cfim\u2581end\uff5c>"),
+            *("<MID>", "\u2581<MID>", "<|code_middle|>", "<|middle|>"),
+        ),
     ),
     (("fim_pad_token_id",), ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]")),
     (
@@ -69,17 +75,20 @@ _ALWAYS_SHOWN = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")  # 
 
 
 class Fields:
-    """Typed, checked reads of ``tokenizer.ggml.*`` keys."""
+    """Typed, checked reads of ``tokenizer.ggml.*`` keys (or of another ``prefix``)."""
 
-    def __init__(self, metadata: Mapping[str, Any], path: str | Path) -> None:
-        self._metadata = metadata
+    def __init__(
+        self, metadata: Mapping[str, Any], path: str | Path, prefix: str = "tokenizer.ggml."
+    ) -> None:
+        self.metadata = metadata
         self._path = path
+        self._prefix = prefix
 
     def error(self, key: str, problem: str) -> ModelLoadError:
-        return ModelLoadError(f"{self._path}: tokenizer.ggml.{key}: {problem}")
+        return ModelLoadError(f"{self._path}: {self._prefix}{key}: {problem}")
 
     def get(self, key: str) -> Any:
-        return self._metadata.get(f"tokenizer.ggml.{key}")
+        return self.metadata.get(self._prefix + key)
 
     def string(self, key: str) -> str | None:
         value = self.get(key)
@@ -178,7 +187,7 @@ def end_of_generation(named: Mapping[str, int], declared: Iterable[int | None]) 
     return frozenset(ends)
 
 
-def read_vocab(fields: Fields, metadata: Mapping[str, Any], *, spm: bool) -> Vocab:
+def read_vocab(fields: Fields, *, spm: bool) -> Vocab:
     """Read and check the tables; ``spm`` requires scores and has default BOS/EOS/unknown ids.
 
     Raises ModelLoadError (missing or empty tables, wrong types, different lengths, duplicate
@@ -201,7 +210,8 @@ def read_vocab(fields: Fields, metadata: Mapping[str, Any], *, spm: bool) -> Voc
     types = fields.numbers("token_type", int, count) or [_NORMAL] * count
 
     special = {
-        key: fields.token(f"{key}_token_id", count) for key in ("bos", "eos", "eot", "eom", "unknown")
+        key: fields.token(f"{key}_token_id", count)
+        for key in ("bos", "eos", "eot", "eom", "unknown")
     }
     if spm:
         for key, default in (("bos", 1), ("eos", 2), ("unknown", 0)):
@@ -212,7 +222,7 @@ def read_vocab(fields: Fields, metadata: Mapping[str, Any], *, spm: bool) -> Voc
     declared = (special["eos"], special["eot"], special["eom"], *fim[_FIM_ENDING:])
     ends = end_of_generation(ids, declared)
     kinds.apply(ends)
-    strip_left, strip_right = _stripping(fields, metadata, ids, kinds)
+    strip_left, strip_right = _stripping(fields, ids, kinds)
     return Vocab(
         tokens=tuple(tokens),
         ids=ids,
@@ -285,14 +295,14 @@ def _is_hex(text: str) -> bool:
 
 
 def _stripping(
-    fields: Fields, metadata: Mapping[str, Any], ids: Mapping[str, int], kinds: _Kinds
+    fields: Fields, ids: Mapping[str, int], kinds: _Kinds
 ) -> tuple[frozenset[int], frozenset[int]]:
     """The tokens that swallow white space on their left, and on their right.
 
     GGUF does not record this property of added tokens; llama.cpp knows it by model name.
     """
     pre = fields.string("pre") or ""
-    name = str(metadata.get("general.name", "")).lower()
+    name = str(fields.metadata.get("general.name", "")).lower()
     left: set[int] = set()
     right: set[int] = set()
     if any(jina in pre for jina in ("jina-v2-de", "jina-v2-es", "jina-v2-code")):

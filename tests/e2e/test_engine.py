@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+
 from squall.models.batch import KVCache
 from squall.models.config import DecoderConfig, LayerConfig, RopeConfig
 from squall.models.decoder import Decoder
@@ -115,7 +116,9 @@ def test_a_seed_gives_the_same_text_in_any_company(model: Decoder) -> None:
     wanted = {"temperature": 1.0, "top_p": 0.9, "seed": 1234, "presence_penalty": 0.5}
     alone = run(make_engine(model), [request(0, PROMPTS[2], **wanted)])[0]
     others = [request(i + 1, p, temperature=1.3) for i, p in enumerate(PROMPTS)]
-    crowd = run(make_engine(model, 12), [*others[:3], request(0, PROMPTS[2], **wanted), *others[3:]])
+    crowd = run(
+        make_engine(model, 12), [*others[:3], request(0, PROMPTS[2], **wanted), *others[3:]]
+    )
     assert crowd[0] == alone
     assert run(make_engine(model), [request(0, PROMPTS[2], **{**wanted, "seed": 5})])[0] != alone
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
 from squall.loaders.hub import resolve
 from squall.loaders.load import Checkpoint
 from squall.loaders.progress import NoProgress

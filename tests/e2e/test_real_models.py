@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from squall import LLM, SamplingParams
 from squall.loaders.tokenizer import Tokenizer
 from squall.tools.fixtures import demo, gemma_model
@@ -95,7 +96,7 @@ def test_stop_strings_end_the_text(model: tuple[str, LLM]) -> None:
 
 
 def test_multibyte_text_is_never_cut(model: tuple[str, LLM]) -> None:
-    name, llm = model
+    _, llm = model
     tokenizer: Tokenizer = llm.frontend.tokenizer
     text = "naïve café — 日本語 🦆👩‍🚀 ελληνικά"
     stream = tokenizer.stream()

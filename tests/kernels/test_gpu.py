@@ -1,4 +1,4 @@
-"""Every launcher on a real GPU against the reference on the CPU: ``pytest -m gpu tests/kernels``."""
+"""Every launcher on a GPU against the reference on the CPU: ``pytest -m gpu tests/kernels``."""
 
 from contextlib import AbstractContextManager
 

@@ -278,9 +278,7 @@ def test_body_limit_by_content_length_is_refused_without_reading():
     responses, transport, app = exchange([head, b"x" * 65536, b"x" * 65536], max_body_bytes=1000)
     assert [status for status, *_ in responses] == [413]
     assert transport.eof
-    assert not transport.closed_by_server, (
-        "input is thrown away for a while, so that no reset is sent"
-    )
+    assert not transport.closed_by_server, "input is discarded for a while, or a reset is sent"
     assert not app.requests
 
 
@@ -638,6 +636,18 @@ def test_close_cuts_what_does_not_finish():
         await server.close()
         assert transport.aborted
         assert app.cancelled == 1
+
+    asyncio.run(main())
+
+
+def test_close_cuts_a_client_that_does_not_take_its_response():
+    async def main():
+        protocol, transport, server = connect(App())
+        protocol.data_received(GET)
+        await settle()
+        transport.close = lambda: None  # never flushed
+        await server.close(timeout=0.01)
+        assert transport.aborted
 
     asyncio.run(main())
 

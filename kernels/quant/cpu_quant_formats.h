@@ -1,0 +1,332 @@
+/* GGUF blocks of LANES weight rows at a time, unpacked to vectors with one row a lane.
+ *
+ * Everything that differs between instruction sets or between block formats is in this file; a
+ * format is one function, described before q4_0(). Layouts: ggml's, as documented by the gguf
+ * package.
+ */
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "GGUF blocks are little-endian"
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#if defined(__AVX512BW__) && defined(__AVX512F__)
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#define NV 2                /* vectors of rows in a panel */
+
+typedef int32_t V __attribute__((vector_size(4 * LANES)));  /* one int, or two int16, a row */
+typedef uint32_t U __attribute__((vector_size(4 * LANES)));
+typedef int16_t H __attribute__((vector_size(4 * LANES)));
+typedef float F __attribute__((vector_size(4 * LANES)));
+typedef const uint8_t *Bytes;
+
+/* ---- what differs between instruction sets ----------------------------------------------- */
+
+#if LANES == 16
+INLINE V madd(V sum, V a, V b) {
+#if defined(__AVX512VNNI__)
+    return (V)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#else
+    return sum + (V)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#endif
+}
+INLINE F fma_(F a, F b, F sum) { return _mm512_fmadd_ps(a, b, sum); }
+INLINE F to_float(V v) { return _mm512_cvtepi32_ps((__m512i)v); }
+INLINE F half_lanes(V v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)v)); }
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+INLINE V madd(V sum, V a, V b) {
+#if defined(__AVXVNNI__)
+    return (V)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#else
+    return sum + (V)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#endif
+}
+INLINE F fma_(F a, F b, F sum) { return _mm256_fmadd_ps(a, b, sum); }
+INLINE F to_float(V v) { return _mm256_cvtepi32_ps((__m256i)v); }
+INLINE F half_lanes(V v) {
+    __m256i packed = _mm256_packus_epi32((__m256i)(v & 0xffff), (__m256i)(v & 0xffff));
+    return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 8)));
+}
+#else
+#define PORTABLE
+INLINE V madd(V sum, V a, V b) {
+    return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
+}
+INLINE F fma_(F a, F b, F sum) { return a * b + sum; }
+INLINE F to_float(V v) { return __builtin_convertvector(v, F); }
+INLINE F half_lanes(V v) { /* rebias the exponent; subnormals and infinities apart */
+    V bits = (v & 0x7fff) << 13, exponent = v & 0x7c00, sign = (v & 0x8000) << 16;
+    V normal = bits + (112 << 23), special = bits | 0x7f800000;
+    V small = (V)((F)(bits + (113 << 23)) - (F)((V){0} + (113 << 23)));
+    V is_small = exponent == 0, is_special = exponent == 0x7c00;
+    V value = (small & is_small) | (special & is_special) | (normal & ~(is_small | is_special));
+    return (F)(value | sign);
+}
+#endif
+
+INLINE V spread(const void *p) { /* four bytes to every lane */
+    int32_t bits;
+    memcpy(&bits, p, 4);
+    return (V){0} + bits;
+}
+INLINE F spread_float(float value) { return value - (F){0}; } /* + would turn -0 into 0 */
+
+/* out[j] = 32-bit word j of the 16 bytes at p[row] + at, one row a lane. */
+INLINE void load_words(const Bytes *p, int at, V out[4]) {
+#ifdef PORTABLE
+    for (int j = 0; j < 4; j++)
+        for (int r = 0; r < LANES; r++) {
+            int32_t word;
+            memcpy(&word, p[r] + at + 4 * j, 4);
+            out[j][r] = word;
+        }
+#else
+    __m256i t[LANES / 8][4];
+    for (int h = 0; h < LANES / 8; h++) {
+        __m256i a[4];
+        for (int r = 0; r < 4; r++) {
+            const __m128i *low = (const __m128i *)(p[8 * h + r] + at);
+            const __m128i *high = (const __m128i *)(p[8 * h + r + 4] + at);
+            a[r] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(low)),
+                                           _mm_loadu_si128(high), 1);
+        }
+        __m256i b0 = _mm256_unpacklo_epi32(a[0], a[1]), b1 = _mm256_unpackhi_epi32(a[0], a[1]);
+        __m256i b2 = _mm256_unpacklo_epi32(a[2], a[3]), b3 = _mm256_unpackhi_epi32(a[2], a[3]);
+        t[h][0] = _mm256_unpacklo_epi64(b0, b2), t[h][1] = _mm256_unpackhi_epi64(b0, b2);
+        t[h][2] = _mm256_unpacklo_epi64(b1, b3), t[h][3] = _mm256_unpackhi_epi64(b1, b3);
+    }
+    for (int j = 0; j < 4; j++)
+#if LANES == 16
+        out[j] = (V)_mm512_inserti64x4(_mm512_castsi256_si512(t[0][j]), t[1][j], 1);
+#else
+        out[j] = (V)t[0][j];
+#endif
+#endif
+}
+
+INLINE int32_t word_at(Bytes p) {
+    int32_t word;
+    memcpy(&word, p, 4);
+    return word;
+}
+INLINE int32_t half_at(Bytes p) {
+    uint16_t half;
+    memcpy(&half, p, 2);
+    return half;
+}
+
+/* The 32 or 16 bits at p[row] + at, one row a lane. */
+#define EIGHT(f, i) f(i), f(i + 1), f(i + 2), f(i + 3), f(i + 4), f(i + 5), f(i + 6), f(i + 7)
+#if LANES == 16
+#define EACH_LANE(f) EIGHT(f, 0), EIGHT(f, 8)
+#else
+#define EACH_LANE(f) EIGHT(f, 0)
+#endif
+#define WORD(r) word_at(p[r] + at)
+#define HALF(r) half_at(p[r] + at)
+INLINE V load_word(const Bytes *p, int at) { return (V){EACH_LANE(WORD)}; }
+INLINE F load_half(const Bytes *p, int at) { return half_lanes((V){EACH_LANE(HALF)}); }
+
+/* ---- block formats ------------------------------------------------------------------------
+ * name(p, q, scale, min): one block of LANES rows; p[row] points at the row's block.
+ * q[s * NV]: step s of the block, two int16 a lane. A 32-bit word of four consecutive bytes
+ * makes two steps, weights (0, 2) and (1, 3), because masking 16-bit halves gives these for
+ * nothing; quantize_row() puts the activations in the same order.
+ * scale[g * NV], min[g * NV]: w = scale * q + min for the weights of group g. */
+
+#define PAIR(x) ((x) * 0x10001)
+
+INLINE V field(V v, int from, int mask) { return (V)((U)v >> from) & PAIR(mask); }
+/* One bit of every byte, moved to `to`. */
+INLINE V bit_field(V v, int from, int to) {
+    return (V)(from > to ? (U)v >> (from - to) : (U)v << (to - from)) & PAIR(1 << to);
+}
+INLINE V minus(V v, int16_t offset) { return (V)((H)v - offset); }
+
+INLINE void q4_0(const Bytes *p, V *q, F *scale, F *min) {
+    V v[4];
+    *scale = load_half(p, 0);
+    load_words(p, 2, v);
+#pragma GCC unroll 8
+    for (int s = 0; s < 8; s++) {
+        q[s * NV] = minus(field(v[s / 2], s % 2 * 8, 15), 8);
+        q[(s + 8) * NV] = minus(field(v[s / 2], s % 2 * 8 + 4, 15), 8);
+    }
+}
+
+INLINE void q4_1(const Bytes *p, V *q, F *scale, F *min) {
+    V v[4], dm = load_word(p, 0);
+    *scale = half_lanes(dm);
+    *min = half_lanes(dm >> 16);
+    load_words(p, 4, v);
+#pragma GCC unroll 8
+    for (int s = 0; s < 8; s++) {
+        q[s * NV] = field(v[s / 2], s % 2 * 8, 15);
+        q[(s + 8) * NV] = field(v[s / 2], s % 2 * 8 + 4, 15);
+    }
+}
+
+/* The fifth bits of Q5_0 and Q5_1: bit k of `bits` to bit 4 of weight k. */
+INLINE void add_fifth_bits(V bits, V *q, int16_t offset) {
+    V low = (bits & 0xffff) | (V)((U)bits >> 2 << 16);
+    V high = (V)((U)bits >> 16) | ((V)((U)bits >> 18) << 16);
+#pragma GCC unroll 8
+    for (int s = 0; s < 8; s++) {
+        int k = s / 2 * 4 + s % 2;
+        q[s * NV] = minus(q[s * NV] | bit_field(low, k, 4), offset);
+        q[(s + 8) * NV] = minus(q[(s + 8) * NV] | bit_field(high, k, 4), offset);
+    }
+}
+
+INLINE void q5(const Bytes *p, int at, V *q, int16_t offset) {
+    V v[4], bits = load_word(p, at);
+    load_words(p, at + 4, v);
+#pragma GCC unroll 8
+    for (int s = 0; s < 8; s++) {
+        q[s * NV] = field(v[s / 2], s % 2 * 8, 15);
+        q[(s + 8) * NV] = field(v[s / 2], s % 2 * 8 + 4, 15);
+    }
+    add_fifth_bits(bits, q, offset);
+}
+
+INLINE void q5_0(const Bytes *p, V *q, F *scale, F *min) {
+    *scale = load_half(p, 0);
+    q5(p, 2, q, 16);
+}
+
+INLINE void q5_1(const Bytes *p, V *q, F *scale, F *min) {
+    V dm = load_word(p, 0);
+    *scale = half_lanes(dm);
+    *min = half_lanes(dm >> 16);
+    q5(p, 4, q, 0);
+}
+
+INLINE void q8_0(const Bytes *p, V *q, F *scale, F *min) {
+    V v[8];
+    *scale = load_half(p, 0);
+    load_words(p, 2, v);
+    load_words(p, 18, v + 4);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) {
+        q[2 * j * NV] = (V)((H)(v[j] << 8) >> 8);
+        q[(2 * j + 1) * NV] = (V)((H)v[j] >> 8);
+    }
+}
+
+/* u8 scales[16] (scale | min << 4), 2 bits [256], f16 d, f16 dmin. */
+INLINE void q2_k(const Bytes *p, V *q, F *scale, F *min) {
+    V v[8], s[4], dm = load_word(p, 80);
+    F d = half_lanes(dm), m = -half_lanes(dm >> 16);
+    load_words(p, 0, s);
+    for (int g = 0; g < 16; g++) {
+        scale[g * NV] = d * to_float(s[g / 4] >> (g % 4 * 8) & 15);
+        min[g * NV] = m * to_float(s[g / 4] >> (g % 4 * 8 + 4) & 15);
+    }
+    for (int half = 0; half < 2; half++) {
+        load_words(p, 16 + 32 * half, v);
+        load_words(p, 32 + 32 * half, v + 4);
+        for (int g = 0; g < 4; g++, q += 16 * NV)
+#pragma GCC unroll 16
+            for (int s = 0; s < 16; s++) q[s * NV] = field(v[s / 2], s % 2 * 8 + 2 * g, 3);
+    }
+}
+
+/* High bits u8 [32], 2 bits [256], 6-bit scales [12 bytes], f16 d. */
+INLINE void q3_k(const Bytes *p, V *q, F *scale, F *min) {
+    V v[8], high[8];
+    V s[3] = {load_word(p, 96), load_word(p, 100), load_word(p, 104)};
+    F d = load_half(p, 108);
+    for (int g = 0; g < 16; g++) {
+        V sub = (s[g / 4 % 2] >> (g % 4 * 8 + g / 8 * 4) & 15) |
+                (s[2] >> (g % 4 * 8 + g / 4 * 2) & 3) << 4;
+        scale[g * NV] = d * to_float(sub - 32);
+    }
+    load_words(p, 0, high);
+    load_words(p, 16, high + 4);
+    for (int half = 0; half < 2; half++) {
+        load_words(p, 32 + 32 * half, v);
+        load_words(p, 48 + 32 * half, v + 4);
+        for (int g = 0; g < 4; g++, q += 16 * NV)
+#pragma GCC unroll 16
+            for (int s = 0; s < 16; s++)
+                q[s * NV] = minus(field(v[s / 2], s % 2 * 8 + 2 * g, 3) |
+                                  field(high[s / 2], s % 2 * 8 + 4 * half + g, 1) << 2, 4);
+    }
+}
+
+/* The 6-bit scales and minimums of Q4_K and Q5_K: f16 d, f16 dmin, 12 bytes. */
+INLINE void k_scales(const Bytes *p, F *scale, F *min) {
+    V s[4];
+    load_words(p, 0, s);
+    F d = half_lanes(s[0]), m = -half_lanes(s[0] >> 16);
+    V sub[2] = {s[1] & 0x3f3f3f3f, (s[3] & 0x0f0f0f0f) | (s[1] >> 2 & 0x30303030)};
+    V low[2] = {s[2] & 0x3f3f3f3f, (s[3] >> 4 & 0x0f0f0f0f) | (s[2] >> 2 & 0x30303030)};
+    for (int g = 0; g < 8; g++) {
+        scale[g * NV] = d * to_float(sub[g / 4] >> (g % 4 * 8) & 0xff);
+        min[g * NV] = m * to_float(low[g / 4] >> (g % 4 * 8) & 0xff);
+    }
+}
+
+/* k_scales, 4 bits [256]: 32 bytes hold group 2j in their low and group 2j + 1 in their high
+ * nibbles. */
+INLINE void q4_k(const Bytes *p, V *q, F *scale, F *min) {
+    k_scales(p, scale, min);
+    for (int j = 0; j < 4; j++, q += 32 * NV) {
+        V v[8];
+        load_words(p, 16 + 32 * j, v);
+        load_words(p, 32 + 32 * j, v + 4);
+#pragma GCC unroll 16
+        for (int s = 0; s < 16; s++) {
+            q[s * NV] = field(v[s / 2], s % 2 * 8, 15);
+            q[(s + 16) * NV] = field(v[s / 2], s % 2 * 8 + 4, 15);
+        }
+    }
+}
+
+/* As Q4_K with fifth bits u8 [32] before the nibbles: bit g of byte k for weight k of group g. */
+INLINE void q5_k(const Bytes *p, V *q, F *scale, F *min) {
+    V high[8];
+    k_scales(p, scale, min);
+    load_words(p, 16, high);
+    load_words(p, 32, high + 4);
+    for (int j = 0; j < 4; j++, q += 32 * NV) {
+        V v[8];
+        load_words(p, 48 + 32 * j, v);
+        load_words(p, 64 + 32 * j, v + 4);
+#pragma GCC unroll 16
+        for (int s = 0; s < 16; s++) {
+            V low_bit = field(high[s / 2], s % 2 * 8 + 2 * j, 1) << 4;
+            V high_bit = field(high[s / 2], s % 2 * 8 + 2 * j + 1, 1) << 4;
+            q[s * NV] = field(v[s / 2], s % 2 * 8, 15) | low_bit;
+            q[(s + 16) * NV] = field(v[s / 2], s % 2 * 8 + 4, 15) | high_bit;
+        }
+    }
+}
+
+/* Low 4 bits [256], high 2 bits [256], i8 scales[16], f16 d. */
+INLINE void q6_k(const Bytes *p, V *q, F *scale, F *min) {
+    V s[4];
+    F d = load_half(p, 208);
+    load_words(p, 192, s);
+    for (int g = 0; g < 16; g++)
+        scale[g * NV] = d * to_float(s[g / 4] << (24 - g % 4 * 8) >> 24);
+    for (int half = 0; half < 2; half++) {
+        V v[16], high[8];
+        for (int j = 0; j < 4; j++) load_words(p, 64 * half + 16 * j, v + 4 * j);
+        load_words(p, 128 + 32 * half, high);
+        load_words(p, 144 + 32 * half, high + 4);
+        for (int g = 0; g < 4; g++, q += 16 * NV)
+#pragma GCC unroll 16
+            for (int s = 0; s < 16; s++)
+                q[s * NV] = minus(field(v[g % 2 * 8 + s / 2], s % 2 * 8 + g / 2 * 4, 15) |
+                                  field(high[s / 2], s % 2 * 8 + 2 * g, 3) << 4, 32);
+    }
+}
+

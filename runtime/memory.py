@@ -1,0 +1,131 @@
+"""How many KV-cache blocks there is room for. Pure arithmetic: the numbers are measured elsewhere.
+
+The budget is the first of these that the user gave:
+
+1. ``pa_ctxt_len``: room for that many tokens;
+2. ``pa_gpu_mem_usage``: that share of the device's memory, less all that is in use already and
+   what the largest step needs;
+3. ``pa_gpu_mem``: that many MiB.
+
+Without any, a GPU gets a usage of 0.9. A CPU gets what all sequences at full length would need, at
+most 4 GiB and half of the free memory: the operating system only commits pages that are used.
+"""
+
+import math
+from dataclasses import dataclass
+
+from squall.runtime.options import EngineOptions
+
+MIB = 1 << 20
+GIB = 1 << 30
+DEFAULT_GPU_USAGE = 0.9
+CPU_LIMIT = 4 * GIB
+BLOCK_SIZES = (8, 16, 32, 64)
+
+
+class OptionError(ValueError):
+    """An engine option has a value that cannot be used; the message is one line."""
+
+
+class KVMemoryError(Exception):
+    """The KV cache does not fit; the message is one line with all the numbers."""
+
+
+@dataclass(frozen=True)
+class MemoryFacts:
+    """What was found on the device once the weights were loaded, in bytes."""
+
+    device: str
+    total: int
+    free: int
+    weights: int
+    activations: int  # peak of the largest legal step, beyond the weights
+    lazy: bool  # memory is only committed when touched (a CPU)
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """``blocks`` of the cache, and the longest sequence (tokens) that fits into it."""
+
+    blocks: int
+    max_seq_len: int
+
+
+def check_options(options: EngineOptions) -> None:
+    """Raise OptionError for the first value that is out of range."""
+    for name in ("max_seqs", "max_queue", "token_budget"):
+        _at_least_one(name, getattr(options, name))
+    for name in ("max_seq_len", "pa_gpu_mem", "pa_ctxt_len"):
+        if getattr(options, name) is not None:
+            _at_least_one(name, getattr(options, name))
+    usage = options.pa_gpu_mem_usage
+    if usage is not None and not (math.isfinite(usage) and 0 < usage <= 1):
+        raise OptionError(f"{_flag('pa_gpu_mem_usage')} is {usage}, expected above 0 and up to 1")
+    if options.pa_blk_size not in BLOCK_SIZES:
+        accepted = ", ".join(map(str, BLOCK_SIZES))
+        raise OptionError(f"{_flag('pa_blk_size')} is {options.pa_blk_size}, accepted: {accepted}")
+
+
+def plan_kv(
+    options: EngineOptions, facts: MemoryFacts, bytes_per_token: int, model_len: int
+) -> KVPlan:
+    """Size the cache. ``model_len`` is the longest sequence the model was made for (tokens).
+
+    A ``max_seq_len`` the user gave must fit; otherwise the context is cut to what fits. Raises
+    OptionError, KVMemoryError.
+    """
+    check_options(options)
+    wanted = options.max_seq_len
+    if wanted is not None and wanted > model_len:
+        raise OptionError(f"--max-seq-len is {wanted}, the model's context length is {model_len}")
+    block_bytes = bytes_per_token * options.pa_blk_size
+    room = facts.free - facts.activations
+    budget = _budget(options, facts, bytes_per_token, wanted or model_len)
+    blocks = max(0, budget) // block_bytes
+    capacity = blocks * options.pa_blk_size
+    if budget > room or capacity < (wanted or options.pa_blk_size):
+        needed = max(options.pa_ctxt_len or 0, wanted or options.pa_blk_size)
+        fits = max(0, min(budget, room)) // block_bytes * options.pa_blk_size
+        raise KVMemoryError(_does_not_fit(facts, needed, needed * bytes_per_token, budget, fits))
+    return KVPlan(blocks, min(wanted or model_len, capacity))
+
+
+def _budget(options: EngineOptions, facts: MemoryFacts, token_bytes: int, length: int) -> int:
+    """Bytes for the cache; may be negative."""
+    if options.pa_ctxt_len is not None:
+        blocks = -(-options.pa_ctxt_len // options.pa_blk_size)
+        return blocks * options.pa_blk_size * token_bytes
+    usage = options.pa_gpu_mem_usage
+    if usage is None and options.pa_gpu_mem is not None:
+        return options.pa_gpu_mem * MIB
+    if usage is None and facts.lazy:
+        rounded = -(-length // options.pa_blk_size) * options.pa_blk_size
+        everything = options.max_seqs * rounded * token_bytes
+        return min(everything, CPU_LIMIT, (facts.free - facts.activations) // 2)
+    used = facts.total - facts.free
+    return int(facts.total * (usage or DEFAULT_GPU_USAGE)) - used - facts.activations
+
+
+def _does_not_fit(facts: MemoryFacts, tokens: int, needed: int, budget: int, fits: int) -> str:
+    advice = f"the largest context that fits is {fits} tokens (--max-seq-len {fits})"
+    if fits == 0:
+        advice = "not even one block fits: use a smaller model or another device"
+    return (
+        f"the KV cache does not fit on {facts.device}: {_gib(facts.total)} in all, "
+        f"{_gib(facts.free)} free after loading {_gib(facts.weights)} of weights, "
+        f"{_gib(facts.activations)} for activations, {_gib(max(0, budget))} allowed for KV, "
+        f"{_gib(needed)} needed for {tokens} tokens; {advice}"
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.2f} GiB"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise OptionError(f"{_flag(name)} is {value}, expected at least 1")

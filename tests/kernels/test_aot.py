@@ -1,0 +1,62 @@
+"""Every kernel compiles for A100 (sm_80) and H100 (sm_90) and fits their shared memory.
+
+In processes of their own: a process that imported kernels for the interpreter cannot compile.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).parent / "aot_compile.py"
+# Bytes of shared memory one block may use (CUDA programming guide, compute capabilities).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+KERNELS = {
+    "_rms_norm_kernel",
+    "_add_rms_norm_kernel",
+    "_rope_kernel",
+    "_gated_kernel",
+    "_store_kv_kernel",
+    "_decode_kernel",
+    "_combine_kernel",
+    "_prefill_kernel",
+}
+
+
+@pytest.fixture(scope="module")
+def compilers() -> Iterator[dict[int, subprocess.Popen[str]]]:
+    """Both chips at once: compiling is single-threaded."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    started = {
+        chip: subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(chip)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for chip in SHARED_LIMIT
+    }
+    yield started
+    for process in started.values():
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize("chip", SHARED_LIMIT)
+def test_kernels_compile_and_fit(chip: int, compilers: dict[int, subprocess.Popen[str]]) -> None:
+    process = compilers[chip]
+    output, errors = process.communicate(timeout=280)
+    assert process.returncode == 0, errors[-4000:]
+    rows = [json.loads(line) for line in output.splitlines()]
+    assert {row["kernel"] for row in rows} >= KERNELS
+    for row in rows:
+        assert row["shared"] <= SHARED_LIMIT[chip], row
+        assert row["cubin"] > 0, row
