@@ -40,7 +40,8 @@ def apply_rope_reference(
         y = y.to(x.dtype)
     if rotary != dim:
         y = torch.cat((y, x[..., rotary:]), -1)
-    q_out, k_out = torch.split_with_sizes_copy(y, (q_heads, heads - q_heads), 1)
+    split_copy = torch.ops.aten.split_with_sizes_copy.default
+    q_out, k_out = split_copy(y, (q_heads, heads - q_heads), 1)
     return q_out, k_out
 
 

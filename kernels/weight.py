@@ -30,6 +30,10 @@ class Weight(Protocol):
         """``x [..., in] -> [..., out]`` in x's dtype."""
         ...
 
+    def matmul_f32(self, x: Tensor) -> Tensor:
+        """``x [M, in] -> [M, out]`` float32, the accumulator's own precision."""
+        ...
+
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows ``ids`` (int64 [T]) as ``[T, in]`` of ``dtype``: an embedding lookup."""
         ...
@@ -56,6 +60,11 @@ class DenseWeight:
     def matmul(self, x: Tensor) -> Tensor:
         return F.linear(x, self.data)
 
+    def matmul_f32(self, x: Tensor) -> Tensor:
+        if x.is_cuda and x.dtype != torch.float32:
+            return torch.mm(x, self.data.t(), out_dtype=torch.float32)
+        return F.linear(x, self.data).float()
+
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return self.data[ids].to(dtype)
 
@@ -81,6 +90,9 @@ class BlockWeight:
 
     def matmul(self, x: Tensor) -> Tensor:
         return quant_matmul(x, self.raw, self.format.ggml_type)
+
+    def matmul_f32(self, x: Tensor) -> Tensor:
+        return quant_matmul(x.float(), self.raw, self.format.ggml_type)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return dequantize_rows(self.raw, ids, self.format.ggml_type, dtype)

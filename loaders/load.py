@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from squall.kernels.backends.device import backend_of
 from squall.loaders.chat_template import (
     ChatTemplate,
     TemplateError,
@@ -70,6 +71,7 @@ class Checkpoint:
         that is missing, misshapen or left over is an error.
         """
         config = self.config()
+        backend_of(device).prepare()
         if self._gguf is not None:
             total = sum(tensor.nbytes for tensor in self._gguf.tensors.values())
             metadata = gguf_config(self._gguf)

@@ -1,7 +1,9 @@
 """``Batch``: all that one forward pass needs to know about its tokens."""
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,8 +51,19 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> "KVCache":
-        """Zero-filled caches of ``blocks`` blocks for ``head = (kv_heads, head_dim)``."""
+        """Zero-filled caches of ``blocks`` blocks for ``head = (kv_heads, head_dim)``.
+
+        On a CPU the memory is only taken as blocks are used.
+        """
         shape = (blocks, block_size, *head)
-        keys = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers))
-        values = tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers))
+
+        def zeros() -> Tensor:
+            if device.type != "cpu":
+                return torch.zeros(shape, dtype=dtype, device=device)
+            # numpy gets untouched pages from the system, torch writes zeros into all of them
+            nbytes = math.prod(shape) * dtype.itemsize
+            return torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(shape)
+
+        keys = tuple(zeros() for _ in range(layers))
+        values = tuple(zeros() for _ in range(layers))
         return KVCache(keys, values, block_size)

@@ -108,8 +108,9 @@ class Decoder:
         return add_rms_norm(x, residual, self.norm, config.norm_eps)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[L, hidden] -> [L, vocab]`` float32."""
-        logits = self.head.matmul(hidden).float()
+        """``[L, hidden] -> [L, vocab]`` float32, not rounded to the model's dtype on the way: in
+        bf16 the best tokens of a small model would tie."""
+        logits = self.head.matmul_f32(hidden)
         cap = self.config.logit_softcap
         return torch.tanh(logits / cap) * cap if cap else logits
 

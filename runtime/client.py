@@ -1,6 +1,7 @@
 """Ways to reach an engine: in a thread of this process, or in a process of its own."""
 
 import asyncio
+import logging
 import queue
 import socket
 import subprocess
@@ -28,6 +29,8 @@ from squall.runtime.messages import (
     encode_frame,
 )
 from squall.runtime.request import EngineRequest, TokenEvent
+
+log = logging.getLogger(__name__)
 
 OnEvents = Callable[[list[TokenEvent]], None]
 OnDeath = Callable[[str], None]
@@ -60,9 +63,10 @@ class ThreadEngine:
             try:
                 run_loop(self._engine, lambda block: self._receive(block, on_events), on_events)
             except BaseException as error:
+                log.debug("the engine stopped", exc_info=True)
                 on_death(f"the engine stopped: {type(error).__name__}: {error}")
-                raise
-            on_death("the engine was closed")
+            else:
+                on_death("the engine was closed")
 
         self._thread = threading.Thread(target=work, name="squall-engine", daemon=True)
         self._thread.start()

@@ -12,7 +12,7 @@ from squall.runtime.pack import pack
 from squall.runtime.pages import BlockPool
 from squall.runtime.request import EngineRequest, TokenEvent, TokenLogprob
 from squall.runtime.request import Sequence as Seq
-from squall.runtime.sampler import Sampler, SampleOutput, SampleRow
+from squall.runtime.sampler import SampleOutput, Sampler, SampleRow
 from squall.runtime.scheduler import Chunk, Limits, Plan, State
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class Engine:
         ]
 
     def _check_ids(self, ids: Sequence[int]) -> None:
-        if ids and not (0 <= min(ids) and max(ids) < self.model.config.vocab_size):
+        if ids and not (min(ids) >= 0 and max(ids) < self.model.config.vocab_size):
             raise ValueError(
                 f"prompt token ids must be in 0..{self.model.config.vocab_size - 1}, "
                 f"found {min(ids) if min(ids) < 0 else max(ids)}"

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
-
 from squall.loaders.chat_template import TemplateError
 from squall.loaders.load import TextAssets
 from squall.runtime.client import EngineClient
@@ -150,7 +148,7 @@ class Frontend:
             self._active.update(dict.fromkeys(ids, generation))
         for i, request_id in enumerate(ids):
             request = EngineRequest(
-                request_id, prompt_ids, _choice_params(params, i), self._eos_ids, breakers
+                request_id, prompt_ids, params.choice(i), self._eos_ids, breakers
             )
             self._engine.submit(request)
         return generation
@@ -201,9 +199,3 @@ class Frontend:
             self._dead = reason
             ids = list(self._active)
         self._on_events([TokenEvent(i, [], finish_reason="error", error=reason) for i in ids])
-
-
-def _choice_params(params: SamplingParams, index: int) -> SamplingParams:
-    """The engine's view of one of n choices: each has its own seed."""
-    seed = params.seed if params.seed is None or index == 0 else (params.seed + index) % 2**63
-    return msgspec.structs.replace(params, n=1, seed=seed)

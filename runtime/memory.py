@@ -66,6 +66,13 @@ def check_options(options: EngineOptions) -> None:
         raise OptionError(f"{_flag('pa_blk_size')} is {options.pa_blk_size}, accepted: {accepted}")
 
 
+def check_length(options: EngineOptions, model_len: int) -> None:
+    """Raise OptionError when a longer context is asked for than the model was made for (tokens)."""
+    wanted = options.max_seq_len
+    if wanted is not None and wanted > model_len:
+        raise OptionError(f"--max-seq-len is {wanted}, the model's context length is {model_len}")
+
+
 def plan_kv(
     options: EngineOptions, facts: MemoryFacts, bytes_per_token: int, model_len: int
 ) -> KVPlan:
@@ -76,8 +83,7 @@ def plan_kv(
     """
     check_options(options)
     wanted = options.max_seq_len
-    if wanted is not None and wanted > model_len:
-        raise OptionError(f"--max-seq-len is {wanted}, the model's context length is {model_len}")
+    check_length(options, model_len)
     block_bytes = bytes_per_token * options.pa_blk_size
     room = facts.free - facts.activations
     budget = _budget(options, facts, bytes_per_token, wanted or model_len)
@@ -86,6 +92,7 @@ def plan_kv(
     if budget > room or capacity < (wanted or options.pa_blk_size):
         needed = max(options.pa_ctxt_len or 0, wanted or options.pa_blk_size)
         fits = max(0, min(budget, room)) // block_bytes * options.pa_blk_size
+        fits = min(fits, model_len)
         raise KVMemoryError(_does_not_fit(facts, needed, needed * bytes_per_token, budget, fits))
     return KVPlan(blocks, min(wanted or model_len, capacity))
 

@@ -18,7 +18,14 @@ from squall.models.decoder import Decoder
 from squall.runtime.client import ProcessEngine, ThreadEngine
 from squall.runtime.engine import Engine, probe_batch
 from squall.runtime.frontend import Frontend
-from squall.runtime.memory import KVPlan, MemoryFacts, OptionError, check_options, plan_kv
+from squall.runtime.memory import (
+    KVPlan,
+    MemoryFacts,
+    OptionError,
+    check_length,
+    check_options,
+    plan_kv,
+)
 from squall.runtime.messages import Load, ModelCard
 from squall.runtime.options import EngineOptions
 from squall.runtime.params import SamplingParams
@@ -105,7 +112,8 @@ def _build(
     device = resolve_device(options.device)
     dtype = model_dtype(options.dtype, device)
     config = checkpoint.config()
-    longest = min(options.max_seq_len or config.max_position, config.max_position)
+    check_length(options, config.max_position)
+    longest = options.max_seq_len or config.max_position
     model = checkpoint.decoder(device, dtype, longest, progress)
     facts = _measure(model, options)
     plan = plan_kv(options, facts, config.kv_bytes_per_token(dtype.itemsize), config.max_position)

@@ -67,7 +67,11 @@ class LLM:
     """
 
     def __init__(
-        self, model: str | None = None, *, progress: Progress | None = None, **options: Any
+        self,
+        model: str | None = None,
+        *,
+        progress: Progress | None = None,
+        **options: Any,
     ) -> None:
         unknown = sorted(set(options) - set(EngineOptions.__struct_fields__))
         if unknown:

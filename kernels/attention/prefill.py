@@ -14,6 +14,20 @@ from squall.kernels.attention.tile import attend_tile, dot_precision
 from squall.kernels.lang import next_power_of_2, tl, triton
 
 
+@triton.jit
+def _sequence_of(block, query_start_ptr, sequences, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The last sequence whose first tile is at most ``block``."""
+    low = 0
+    high = sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_start_ptr + middle) // TOKENS + middle <= block:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
 @triton.jit(do_not_specialize=["sequences", "table_stride", "q_token_stride"])
 def _prefill_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
@@ -45,15 +59,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     """Grid (T // TOKENS + S, kv heads * blocks of HEADS query heads); row r of the ROWS >= TOKENS
     * HEADS rows is token r // HEADS, head r % HEADS."""
     block = tl.program_id(0)
-    low = 0
-    high = sequences
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(query_start_ptr + middle) // TOKENS + middle <= block:
-            low = middle
-        else:
-            high = middle
-    sequence = low
+    sequence = _sequence_of(block, query_start_ptr, sequences, TOKENS)
     start = tl.load(query_start_ptr + sequence)
     length = tl.load(query_start_ptr + sequence + 1) - start
     first = (block - start // TOKENS - sequence) * TOKENS

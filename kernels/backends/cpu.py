@@ -6,15 +6,20 @@ copied; otherwise its used blocks are gathered. Grouped query heads become rows 
 broadcast dimension (prefill), so kv heads are never repeated in memory.
 """
 
+import functools
 import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from squall.kernels.backends.device import Backend
+
+if TYPE_CHECKING:
+    from squall.kernels.native.cpu_ops import CpuOps
 
 # Query rows handled at once where a mask is needed: bounds the mask and skips unseen keys.
 _ROWS = 256
@@ -34,6 +39,11 @@ def paged_attention(
     softcap: float,
 ) -> Tensor:
     """``squall.kernels.attention.paged`` on the CPU; rows outside every sequence are zero."""
+    native = _native_ops() if max_query_len == 1 and q.dtype == torch.float32 else None
+    if native is not None and q.shape[0] == len(context_lens) and k_cache.dtype == q.dtype:
+        return native.decode_attention(
+            q, k_cache, v_cache, block_tables, context_lens, max_context_len, scale, window, softcap
+        )
     starts, contexts = query_start.tolist(), context_lens.tolist()
     whole = len(contexts) == 1 and starts[1] == q.shape[0] and contexts[0] > 0
     tables = block_tables.numpy()  # a view; indexing it is several times cheaper than a tensor's
@@ -171,6 +181,25 @@ def _describe(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+@functools.cache
+def _native_ops() -> "CpuOps | None":
+    """The native operators, brought in by the first call; None where they cannot be had."""
+    from squall.kernels.native import cpu_ops  # imports the operators, which look here
+    from squall.kernels.native.build import Unavailable, torch_parallel
+
+    try:
+        return cpu_ops.enable(torch_parallel())
+    except Unavailable:
+        return None  # the quantised product's warning tells why
+
+
+def _prepare() -> None:
+    from squall.kernels.quant.cpu_native import enable  # as above
+
+    enable()
+    _native_ops()
+
+
 BACKEND = Backend(
     type="cpu",
     dispatch_key="CPU",
@@ -181,5 +210,6 @@ BACKEND = Backend(
     synchronize=lambda device: None,
     memory=_memory,
     default_dtype=lambda device: torch.float32,
+    prepare=_prepare,
     overrides={"paged_attention": paged_attention},
 )

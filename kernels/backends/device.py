@@ -29,7 +29,8 @@ class Backend:
 
     ``available()`` is None when it can be used, else the reason in one line; the other functions
     may be called only then. ``memory`` gives (free, total) bytes, free being what this process
-    can still take. ``overrides`` maps operator names to implementations for ``dispatch_key``.
+    can still take. ``prepare()`` is called before a model is put on the device: what must be built
+    first, is built then. ``overrides`` maps operator names to implementations for ``dispatch_key``.
     """
 
     type: str  # torch's name, "cuda"
@@ -41,6 +42,7 @@ class Backend:
     synchronize: Callable[[torch.device], None]
     memory: Callable[[torch.device], tuple[int, int]]
     default_dtype: Callable[[torch.device], torch.dtype]
+    prepare: Callable[[], object] = lambda: None
     overrides: Mapping[str, Callable[..., Any]] = field(
         default_factory=lambda: MappingProxyType({})
     )

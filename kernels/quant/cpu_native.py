@@ -12,6 +12,7 @@ those of torch's OpenMP runtime, as many as ``torch.get_num_threads()``.
 """
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -22,7 +23,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +42,7 @@ from squall.kernels.quant.matmul import (
 )
 
 _SOURCES = tuple(Path(__file__).with_name(n) for n in ("cpu_quant.c", "cpu_quant_formats.h"))
-_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-ffp-contract=off", "-w")
+_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
 # The first that the compiler knows; without, it builds for the oldest machine of this kind.
 _MACHINE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 _COMPILE_SECONDS = 120
@@ -82,7 +84,7 @@ def enable() -> str | None:
 def _enabled() -> str | None:
     try:
         library = _load()
-    except _Unavailable as error:
+    except (_Unavailable, OSError) as error:
         _log.warning("quantised models will be slow on this CPU: %s", error)
         return str(error)
     parallel = _torch_parallel()
@@ -99,8 +101,8 @@ def _torch_parallel() -> int | None:
     GCC's runtime, and LLVM's and Intel's in its place, export it. Libraries loaded for all come
     first, as for torch: a preloaded runtime wins.
     """
-    torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    for name in (None, str(torch_cpu)):
+    torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu"
+    for name in (None, f"{torch_cpu}.so", f"{torch_cpu}.dylib"):
         try:
             scope = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
             return ctypes.cast(scope.GOMP_parallel, ctypes.c_void_p).value
@@ -113,18 +115,15 @@ def _torch_parallel() -> int | None:
 
 
 def _load() -> ctypes.CDLL:
-    if sys.platform == "win32":
-        raise _Unavailable("the native library is not built on Windows")
     if sys.byteorder != "little":
         raise _Unavailable("the native library needs a little-endian machine")
     compiler = _find_compiler()
     folder, key = cache_dir() / "native", compiler.key()
-    path = _cached(folder, key)
-    if path is not None:
-        return _declare(ctypes.CDLL(str(path)))
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return _declare(ctypes.CDLL(str(_build(compiler, folder, key))))
+        with _locked(folder):
+            path = _cached(folder, key) or _build(compiler, folder, key)
+        return _declare(ctypes.CDLL(str(path)))
     except OSError as error:
         _log.info("cannot keep the native library: %s", error)
     with tempfile.TemporaryDirectory(prefix="squall-") as temporary:  # loaded, it may go
@@ -149,6 +148,20 @@ def _find_compiler() -> _Compiler:
     raise _Unavailable(f"{shlex.join(command)} does not work: {_reason(result.stderr)}")
 
 
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time, so that of several that start together one compiles.
+
+    A file system without locks only costs that: files are complete before they get their name.
+    """
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            _log.info("cannot lock %s: %s", folder, error)
+        yield
+
+
 def _cached(folder: Path, key: str) -> Path | None:
     """The library built from ``key``, whole and the user's own; what is not goes."""
     for path in folder.glob(f"{key}-*.so"):
@@ -163,7 +176,7 @@ def _cached(folder: Path, key: str) -> Path | None:
 
 
 def _build(compiler: _Compiler, folder: Path, key: str) -> Path:
-    """Compile into ``folder``; several processes may do so at once."""
+    """Compile into ``folder``."""
     handle, name = tempfile.mkstemp(prefix=f"{key}.", suffix=".part", dir=folder)
     os.close(handle)
     part = Path(name)
@@ -256,9 +269,7 @@ def _matmul(library: ctypes.CDLL, parallel: int | None) -> Callable[[Tensor, Ten
 def _dequantize(library: ctypes.CDLL) -> Callable[[Tensor, Tensor, int, torch.dtype], Tensor]:
     run, sizes = library.squall_dequantize, _row_sizes(library)
 
-    def dequantize_rows(
-        raw: Tensor, rows: Tensor, ggml_type: int, dtype: torch.dtype
-    ) -> Tensor:
+    def dequantize_rows(raw: Tensor, rows: Tensor, ggml_type: int, dtype: torch.dtype) -> Tensor:
         """``squall.kernels.quant.matmul`` on the CPU."""
         if ggml_type not in sizes or dtype not in _FLOATS or rows.dtype != torch.int64:
             return dequantize_rows_reference(raw, rows, ggml_type, dtype)

@@ -21,21 +21,22 @@
 
 #include "cpu_quant_formats.h"
 
-#define PANEL (NV * LANES) /* weight rows in a panel */
-#define CHUNK 512          /* weights of a row unpacked at a time: a multiple of every block */
-#define TILE 4             /* activation rows multiplied together */
-#define BLOCK_M 128        /* activation rows that share one unpacking */
-#define SERIAL 32768       /* activations that one thread rounds while the others wait */
+#define PANEL (NV * LANES)  /* weight rows in a panel */
+#define CHUNK 512           /* weights of a row unpacked at a time: a multiple of every block */
+#define TILE 4              /* activation rows multiplied together */
+#define BLOCK_M 128         /* activation rows that share one unpacking */
+#define SERIAL_X (1 << 15)  /* so many activations one thread rounds while the others wait */
+#define SERIAL_XW (1 << 16) /* and so many products it forms before the others would be awake */
 
 typedef enum { F32 = 0, BF16 = 1, F16 = 2 } FloatType;
 
 /* name, ggml's type code, weights and bytes a block, weights a group, has minimums */
-#define FORMATS(X)            \
-    X(q4_0, 2, 32, 18, 32, 0)   \
-    X(q4_1, 3, 32, 20, 32, 1)   \
-    X(q5_0, 6, 32, 22, 32, 0)   \
-    X(q5_1, 7, 32, 24, 32, 1)   \
-    X(q8_0, 8, 32, 34, 32, 0)   \
+#define FORMATS(X)               \
+    X(q4_0, 2, 32, 18, 32, 0)    \
+    X(q4_1, 3, 32, 20, 32, 1)    \
+    X(q5_0, 6, 32, 22, 32, 0)    \
+    X(q5_1, 7, 32, 24, 32, 1)    \
+    X(q8_0, 8, 32, 34, 32, 0)    \
     X(q2_k, 10, 256, 84, 16, 1)  \
     X(q3_k, 11, 256, 110, 16, 0) \
     X(q4_k, 12, 256, 144, 32, 1) \
@@ -49,21 +50,21 @@ typedef struct {
 
 /* name_blocks(): `count` blocks of LANES rows, fetching those `ahead` bytes on into L2: so many
  * short runs at once are too much for the hardware's prefetcher. */
-#define DEFINE(name, code, elements, bytes, group, has_min)                          \
-    static void name##_blocks(const Bytes *rows, int count, int64_t ahead, V *q,      \
-                              F *scale, F *min) {                                     \
-        Bytes p[LANES];                                                              \
-        memcpy(p, rows, sizeof p);                                                   \
-        for (int b = 0; b < count; b++) {                                            \
-            _Pragma("GCC unroll 16") for (int r = 0; r < LANES; r++)                 \
-                for (int at = 0; at < bytes; at += 64)                               \
-                    __builtin_prefetch(p[r] + ahead + at, 0, 2);                     \
-            name(p, q, scale, min);                                                  \
-            _Pragma("GCC unroll 16") for (int r = 0; r < LANES; r++) p[r] += bytes;   \
-            q += elements / 2 * NV;                                                  \
-            scale += elements / group * NV;                                          \
-            min += elements / group * NV;                                            \
-        }                                                                            \
+#define DEFINE(name, code, elements, bytes, group, has_min)                         \
+    static void name##_blocks(const Bytes *rows, int count, int64_t ahead, V *q,    \
+                              F *scale, F *min) {                                   \
+        Bytes p[LANES];                                                             \
+        memcpy(p, rows, sizeof p);                                                  \
+        for (int b = 0; b < count; b++) {                                           \
+            _Pragma("GCC unroll 16") for (int r = 0; r < LANES; r++)                \
+                for (int at = 0; at < bytes; at += 64)                              \
+                    __builtin_prefetch(p[r] + ahead + at, 0, 2);                    \
+            name(p, q, scale, min);                                                 \
+            _Pragma("GCC unroll 16") for (int r = 0; r < LANES; r++) p[r] += bytes; \
+            q += elements / 2 * NV;                                                 \
+            scale += elements / group * NV;                                         \
+            min += elements / group * NV;                                           \
+        }                                                                           \
     }
 FORMATS(DEFINE)
 
@@ -92,9 +93,9 @@ typedef struct {
     int64_t next_row, next_item; /* what no thread has taken yet */
     FloatType type;
     int threads;
-    int16_t *xq;  /* [M, K], in the order of a Format's steps */
-    float *xs;    /* [M, K / 32] scales */
-    float *sums;  /* [M, K / group] of the rounded values */
+    int16_t *xq; /* [M, K], in the order of a format's steps */
+    float *xs;   /* [M, K / 32] scales */
+    float *sums; /* [M, K / group] of the rounded values */
 } Job;
 
 /* ---- activations --------------------------------------------------------------------------- */
@@ -205,10 +206,10 @@ INLINE void multiply_tile(const Job *j, const Panel *w, int64_t m, int64_t k, in
         for (int t = 0; t < tile; t++)
             for (int v = 0; v < NV; v++) {
                 F scale = w->scale[g * NV + v] * xs[t * (K / 32) + g * group / 32];
-                total[t][v] = fma_(to_float(dot[t][v]), scale, total[t][v]);
+                total[t][v] = multiply_add(to_float(dot[t][v]), scale, total[t][v]);
                 if (j->format->has_min) {
                     F x_sum = spread_float(sums[t * (K / group) + g]);
-                    total[t][v] = fma_(w->min[g * NV + v], x_sum, total[t][v]);
+                    total[t][v] = multiply_add(w->min[g * NV + v], x_sum, total[t][v]);
                 }
             }
     }
@@ -217,14 +218,14 @@ INLINE void multiply_tile(const Job *j, const Panel *w, int64_t m, int64_t k, in
         for (int v = 0; v < NV; v++) sum[t * NV + v] = total[t][v];
 }
 
-#define DEFINE_TILES(group)                                                                    \
-    static void multiply_##group(const Job *j, const Panel *w, int64_t m, int64_t end,         \
-                                 int64_t k, int count, F *sum) {                               \
-        for (; m + 4 <= end; m += 4, sum += 4 * NV)                                            \
-            multiply_tile(j, w, m, k, count, 4, group, sum);                                   \
-        if (end - m == 3) multiply_tile(j, w, m, k, count, 3, group, sum);                     \
-        if (end - m == 2) multiply_tile(j, w, m, k, count, 2, group, sum);                     \
-        if (end - m == 1) multiply_tile(j, w, m, k, count, 1, group, sum);                     \
+#define DEFINE_TILES(group)                                                            \
+    static void multiply_##group(const Job *j, const Panel *w, int64_t m, int64_t end, \
+                                 int64_t k, int count, F *sum) {                       \
+        for (; m + 4 <= end; m += 4, sum += 4 * NV)                                    \
+            multiply_tile(j, w, m, k, count, 4, group, sum);                           \
+        if (end - m == 3) multiply_tile(j, w, m, k, count, 3, group, sum);             \
+        if (end - m == 2) multiply_tile(j, w, m, k, count, 2, group, sum);             \
+        if (end - m == 1) multiply_tile(j, w, m, k, count, 1, group, sum);             \
     }
 DEFINE_TILES(16)
 DEFINE_TILES(32)
@@ -299,10 +300,11 @@ int squall_quant_matmul(Parallel parallel, int format, const void *x, int type, 
     if (!memory) return 1;
     float *xs = (float *)(memory + count * 2);
     Job job = {.format = f, .x = x, .w = w, .y = y, .M = M, .N = N, .K = K, .stride = stride,
-               .type = (FloatType)type, .threads = parallel ? threads : 1,
-               .xq = (int16_t *)memory, .xs = xs, .sums = xs + count / 32};
+               .type = (FloatType)type, .xq = (int16_t *)memory, .xs = xs,
+               .sums = xs + count / 32,
+               .threads = parallel && M * K * N > SERIAL_XW ? threads : 1};
     if (job.threads > 1) {
-        if (M * K > SERIAL) parallel(quantize, &job, (unsigned)threads, 0);
+        if (M * K > SERIAL_X) parallel(quantize, &job, (unsigned)threads, 0);
         else quantize(&job);
         parallel(multiply, &job, (unsigned)threads, 0);
     } else {
@@ -313,9 +315,10 @@ int squall_quant_matmul(Parallel parallel, int format, const void *x, int type, 
     return 0;
 }
 
-/* out[t:t+LANES] of `type`, rounded as the reference rounds: scale * q, then + min. */
+/* `count` rows to out[count, K] of `type`, rounded as the reference rounds: scale * q, + min. */
 static void dequantize_rows(const Format *f, const Bytes *rows, int count, int64_t K, void *out,
                             FloatType type) {
+    const int groups = f->elements / f->group, steps = f->group / 2;
     V q[128 * NV];
     F scale[16 * NV], min[16 * NV];
     Bytes p[LANES];
@@ -323,12 +326,16 @@ static void dequantize_rows(const Format *f, const Bytes *rows, int count, int64
     for (int64_t k = 0; k < K; k += f->elements) {
         f->unpack(p, 1, 0, q, scale, min);
         for (int r = 0; r < LANES; r++) p[r] += f->bytes;
-        for (int r = 0; r < count; r++)
-            for (int i = 0; i < f->elements; i++) {
-                int g = i / f->group * NV, s = (i / 4 * 2 + i % 2) * NV;
-                int16_t value = ((int16_t *)(q + s))[2 * r + i / 2 % 2];
-                float y = scale[g][r] * (float)value;
-                store_float(out, type, r * K + k + i, f->has_min ? y + min[g][r] : y);
+        for (int g = 0; g < groups; g++)
+            for (int r = 0; r < count; r++) {
+                float d = scale[g * NV][r], m = f->has_min ? min[g * NV][r] : -0.0f;
+                int64_t at = r * K + k + g * f->group;
+                for (int s = 0; s < steps; s++) {
+                    int32_t pair = q[(g * steps + s) * NV][r];
+                    int64_t i = at + s / 2 * 4 + s % 2;
+                    store_float(out, type, i, d * (float)(int16_t)pair + m);
+                    store_float(out, type, i + 2, d * (float)(pair >> 16) + m);
+                }
             }
     }
 }

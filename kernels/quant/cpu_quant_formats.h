@@ -19,9 +19,9 @@
 #else
 #define LANES 8
 #endif
-#define NV 2                /* vectors of rows in a panel */
+#define NV 2 /* vectors of rows in a panel */
 
-typedef int32_t V __attribute__((vector_size(4 * LANES)));  /* one int, or two int16, a row */
+typedef int32_t V __attribute__((vector_size(4 * LANES))); /* one int, or two int16, a row */
 typedef uint32_t U __attribute__((vector_size(4 * LANES)));
 typedef int16_t H __attribute__((vector_size(4 * LANES)));
 typedef float F __attribute__((vector_size(4 * LANES)));
@@ -37,7 +37,7 @@ INLINE V madd(V sum, V a, V b) {
     return sum + (V)_mm512_madd_epi16((__m512i)a, (__m512i)b);
 #endif
 }
-INLINE F fma_(F a, F b, F sum) { return _mm512_fmadd_ps(a, b, sum); }
+INLINE F multiply_add(F a, F b, F sum) { return _mm512_fmadd_ps(a, b, sum); }
 INLINE F to_float(V v) { return _mm512_cvtepi32_ps((__m512i)v); }
 INLINE F half_lanes(V v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)v)); }
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -48,7 +48,7 @@ INLINE V madd(V sum, V a, V b) {
     return sum + (V)_mm256_madd_epi16((__m256i)a, (__m256i)b);
 #endif
 }
-INLINE F fma_(F a, F b, F sum) { return _mm256_fmadd_ps(a, b, sum); }
+INLINE F multiply_add(F a, F b, F sum) { return _mm256_fmadd_ps(a, b, sum); }
 INLINE F to_float(V v) { return _mm256_cvtepi32_ps((__m256i)v); }
 INLINE F half_lanes(V v) {
     __m256i packed = _mm256_packus_epi32((__m256i)(v & 0xffff), (__m256i)(v & 0xffff));
@@ -59,7 +59,7 @@ INLINE F half_lanes(V v) {
 INLINE V madd(V sum, V a, V b) {
     return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 }
-INLINE F fma_(F a, F b, F sum) { return a * b + sum; }
+INLINE F multiply_add(F a, F b, F sum) { return a * b + sum; }
 INLINE F to_float(V v) { return __builtin_convertvector(v, F); }
 INLINE F half_lanes(V v) { /* rebias the exponent; subnormals and infinities apart */
     V bits = (v & 0x7fff) << 13, exponent = v & 0x7c00, sign = (v & 0x8000) << 16;

@@ -49,7 +49,7 @@ def quant_matmul_reference(x: Tensor, raw: Tensor, ggml_type: int) -> Tensor:
     """Dequantise rows and multiply in float32. Shapes as in the module's docstring."""
     check_columns(x, raw, ggml_type)
     entry = gguf_formats()[ggml_type]
-    rows = x.reshape(-1, x.shape[-1]).float()
+    rows = x.reshape(-1, x.shape[-1]).float().contiguous()
     y = torch.empty(rows.shape[0], raw.shape[0], dtype=x.dtype, device=x.device)
     step = max(1, _SCRATCH_WEIGHTS // max(1, x.shape[-1]))
     for start in range(0, raw.shape[0], step):
@@ -62,7 +62,9 @@ def dequantize_rows_reference(
     raw: Tensor, rows: Tensor, ggml_type: int, dtype: torch.dtype
 ) -> Tensor:
     """Gather blocks, then dequantise. Shapes as in the module's docstring."""
-    row_weights(raw, ggml_type)
+    weights = row_weights(raw, ggml_type)
+    if not rows.numel():
+        return torch.empty(0, weights, dtype=dtype, device=raw.device)
     return gguf_formats()[ggml_type].dequantize(raw[rows]).to(dtype)
 
 
@@ -71,9 +73,7 @@ def _quant_matmul_fake(x: Tensor, raw: Tensor, ggml_type: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], raw.shape[0])
 
 
-def _dequantize_rows_fake(
-    raw: Tensor, rows: Tensor, ggml_type: int, dtype: torch.dtype
-) -> Tensor:
+def _dequantize_rows_fake(raw: Tensor, rows: Tensor, ggml_type: int, dtype: torch.dtype) -> Tensor:
     return raw.new_empty(rows.shape[0], row_weights(raw, ggml_type), dtype=dtype)
 
 

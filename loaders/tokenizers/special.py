@@ -10,18 +10,18 @@ _SPACE = "\t\n\x0b\x0c\r "
 
 @dataclass(frozen=True)
 class _Size:
-    """The special tokens of one length: spelling -> id."""
+    """The special tokens of one length in bytes: spelling -> id, and their character counts."""
 
-    length: int
     tokens: Mapping[str, int]
+    lengths: tuple[int, ...]
 
 
 class SpecialSplitter:
     """Cuts text at special tokens the way llama.cpp does.
 
     Longer tokens (in UTF-8 bytes) are cut out first wherever they occur, shorter ones out of what
-    is left, each from left to right. ``strip_left`` and ``strip_right`` tokens also swallow the
-    white space before or after them.
+    is left; of equally long ones the lower id goes first, each from left to right. ``strip_left``
+    and ``strip_right`` tokens also swallow the white space before or after them.
     """
 
     def __init__(
@@ -30,10 +30,13 @@ class SpecialSplitter:
         strip_left: Collection[int] = (),
         strip_right: Collection[int] = (),
     ) -> None:
-        by_size: dict[tuple[int, int], dict[str, int]] = {}
+        by_size: dict[int, dict[str, int]] = {}
         for text, token_id in tokens.items():
-            by_size.setdefault((len(text.encode()), len(text)), {})[text] = token_id
-        self._sizes = [_Size(size[1], by_size[size]) for size in sorted(by_size, reverse=True)]
+            by_size.setdefault(len(text.encode()), {})[text] = token_id
+        self._sizes = [
+            _Size(by_size[size], tuple({len(text) for text in by_size[size]}))
+            for size in sorted(by_size, reverse=True)
+        ]
         self._strip_left, self._strip_right = strip_left, strip_right
         starts = sorted({text[:_PREFIX] for text in tokens}, key=len, reverse=True)
         # A look-ahead, so that candidates may overlap.
@@ -66,16 +69,19 @@ class SpecialSplitter:
         used = bytearray(len(text))
         spans: list[tuple[int, int, int]] = []
         for size in self._sizes:
-            length = size.length
-            hit = False
-            for start in found:
-                token_id = size.tokens.get(text[start : start + length])
-                end = start + length
-                if token_id is None or used.find(1, start, end) >= 0:
+            tokens = size.tokens
+            hits = sorted(
+                (token_id, start, start + length)
+                for length in size.lengths
+                for start in found
+                if start + length <= len(text)
+                and (token_id := tokens.get(text[start : start + length], -1)) >= 0
+            )
+            for token_id, start, end in hits:
+                if used.find(1, start, end) >= 0:
                     continue
-                hit = True
                 spans.append((start, end, token_id))
-                used[start:end] = b"\1" * length
+                used[start:end] = b"\1" * (end - start)
                 if token_id in self._strip_left:
                     first = start
                     while first > 0 and not used[first - 1] and text[first - 1] in _SPACE:
@@ -86,7 +92,7 @@ class SpecialSplitter:
                     while last < len(text) and not used[last] and text[last] in _SPACE:
                         last += 1
                     self._swallow(end, last, used, spans)
-            if hit:
+            if hits:
                 found = [start for start in found if not used[start]]
         return spans
 

@@ -1,5 +1,6 @@
-"""The command line, with a fake model. Run as a script, it is ``squall`` with that model."""
+"""The command line, with a fake model."""
 
+import importlib.util
 import io
 import json
 import os
@@ -10,115 +11,37 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
-from rich.console import Console
+import torch
 
-from squall import cli, doctor, serving
-from squall.answer import Answer, printable
-from squall.chat import Chat
-from squall.llm import GenerationError
-from squall.loaders.chat_template import TemplateError
-from squall.loaders.errors import ModelLoadError
-from squall.progress import BarProgress, LineProgress, amount, make_progress
+from squall import cli, doctor
 from squall.runtime.client import StartupError
-from squall.runtime.frontend import PromptTooLong
 from squall.runtime.memory import KVMemoryError, OptionError
 from squall.runtime.messages import Failed
-from squall.runtime.output import Delta
 from squall.runtime.params import SamplingParams
 
-WORDS = ["Hello", " wörld", "\x1b[31m", "!"]
-LIMIT = 500
+
+def _fakes() -> ModuleType:
+    path = Path(__file__).parents[1] / "fake_llm.py"
+    spec = importlib.util.spec_from_file_location("squall_fake_llm", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-class FakeFrontend:
-    """Answers WORDS; ``forever`` in the prompt never ends, ``broken`` fails in the middle."""
-
-    card = SimpleNamespace(name="fake")
-    template: object | None = object()
-
-    def __init__(self) -> None:
-        self.prompts: list[str] = []
-        self.params: list[SamplingParams] = []
-        self.cancelled = 0
-        self.dead: str | None = None
-        self._stop = threading.Event()
-
-    def render_chat(self, messages: list[dict[str, str]]) -> str:
-        if messages[-1]["content"] == "bad turn":
-            raise TemplateError("roles must alternate")
-        return "".join(f"<{m['role']}>{m['content']}" for m in messages)
-
-    def encode_chat(self, text: str) -> list[int]:
-        self.prompts.append(text)
-        return list(text.encode())
-
-    encode_text = encode_chat
-
-    def start(self, prompt_ids: list[int], params: SamplingParams, on_delta: Any) -> Any:
-        if len(prompt_ids) > LIMIT:
-            raise PromptTooLong(len(prompt_ids), LIMIT)
-        self.params.append(params)
-        generation = SimpleNamespace(completion_tokens=0)
-        prompt = bytes(prompt_ids).decode()
-        self._stop.clear()
-
-        def work() -> None:
-            words = WORDS
-            if "forever" in prompt:
-                words = ["again "] * 100_000
-            for i, word in enumerate(words):
-                if self._stop.is_set():
-                    return
-                generation.completion_tokens += 1
-                if "broken" in prompt and i == 2:
-                    on_delta(Delta(0, "", (), (), "error", error="the step failed"))
-                    return
-                last = i == len(words) - 1
-                on_delta(Delta(0, word, (i,), (), "stop" if last else None))
-                time.sleep(0.001)
-
-        threading.Thread(target=work, daemon=True).start()
-        return generation
-
-    def cancel(self, generation: Any) -> None:
-        self._stop.set()
-        self.cancelled += 1
-
-    def unhealthy(self) -> str | None:
-        return self.dead
-
-
-class FakeLLM:
-    """Stands in for squall.llm.LLM; the model ``none`` cannot be loaded."""
-
-    made: "FakeLLM"
-
-    def __init__(self, model: str | None = None, *, progress: Any = None, **options: Any) -> None:
-        if model == "none":
-            raise ModelLoadError("none: no such file")
-        self.model, self.options = model, options
-        self.frontend = FakeFrontend()
-        if model == "bare":
-            self.frontend.template = None
-        with progress.phase("load", 2_500_000, "B") as advance:
-            advance(2_500_000)
-        FakeLLM.made = self
-
-    def __enter__(self) -> "FakeLLM":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        pass
+fakes = _fakes()
+FakeLLM, WORDS = fakes.FakeLLM, fakes.WORDS
 
 
 def fake_squall(*args: str, **kwargs: Any) -> "subprocess.Popen[str]":
-    command = [sys.executable, __file__, *args]
+    command = [sys.executable, str(fakes.__file__), *args]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, **{**pipes, "encoding": "utf-8", **kwargs})
 
@@ -154,7 +77,7 @@ def test_run_streams_the_answer_and_reports_on_stderr(squall: Any) -> None:
 
 
 def test_run_json_is_one_object(squall: Any) -> None:
-    code, out, err = squall("run", "--json", "-p", "hi")
+    code, out, _ = squall("run", "--json", "-p", "hi")
     report = json.loads(out)
     assert code == 0
     assert report["text"] == "".join(WORDS)
@@ -356,103 +279,6 @@ def test_a_terminal_gets_a_chat_and_ctrl_c_stops_an_answer_then_leaves() -> None
     os.close(master)
 
 
-class Lines:
-    """A ``read`` that returns one line after the other, then EOF."""
-
-    def __init__(self, *lines: str | type[BaseException]) -> None:
-        self.lines = list(lines)
-
-    def __call__(self) -> str:
-        if not self.lines:
-            raise EOFError
-        line = self.lines.pop(0)
-        if isinstance(line, str):
-            return line
-        raise line
-
-
-def chat(frontend: FakeFrontend, *lines: str | type[BaseException]) -> tuple[str, Lines]:
-    out, read = io.StringIO(), Lines(*lines)
-    console = Console(file=out, width=200)
-    Chat(frontend, SamplingParams(), console, read).run()  # type: ignore[arg-type]
-    return out.getvalue(), read
-
-
-def test_chat_remembers_forgets_and_obeys() -> None:
-    frontend = FakeFrontend()
-    answer = "".join(WORDS)
-    text, _ = chat(
-        frontend, "one", "", "\\system  be brief ", "two", "\\clear", "three", "\\system", "four"
-    )
-    assert frontend.prompts == [
-        "<user>one",
-        f"<system>be brief<user>one<assistant>{answer}<user>two",
-        "<system>be brief<user>three",
-        f"<user>three<assistant>{answer}<user>four",
-    ]
-    assert text.count(printable(answer)) == 4
-    assert "\x1b" not in text
-
-
-def test_chat_commands_and_ways_to_leave() -> None:
-    text, rest = chat(FakeFrontend(), "\\help", "\\dance", "\\exit", "never read")
-    assert "\\system MSG" in text
-    assert "There is no command \\dance" in text
-    assert rest.lines == ["never read"]
-    _, rest = chat(FakeFrontend(), KeyboardInterrupt, "never read")
-    assert rest.lines == ["never read"]
-
-
-def test_chat_survives_what_one_question_breaks() -> None:
-    frontend = FakeFrontend()
-    text, _ = chat(frontend, "bad turn", "x" * 600, "broken", "fine")
-    assert "roles must alternate" in text
-    assert "the context length is 500 (at least one" in text
-    assert "\\clear starts anew" in text
-    assert "the step failed" in text
-    assert frontend.prompts[-1] == "<user>fine"
-    frontend.dead = "the engine stopped"
-    with pytest.raises(GenerationError):
-        chat(frontend, "broken")
-
-
-def test_leaving_an_answer_cancels_it() -> None:
-    frontend = FakeFrontend()
-    answer = Answer(frontend, list(b"forever"), SamplingParams())  # type: ignore[arg-type]
-    pieces = iter(answer)
-    assert next(pieces) == "again "
-    pieces.close()  # type: ignore[attr-defined]
-    assert frontend.cancelled == 1
-    assert answer.finish_reason is None
-    assert answer.generation_rate is None
-
-
-def test_printable_keeps_text_and_drops_controls() -> None:
-    assert printable("a\tb\nc\x1b[2J\x07\x9b\x7f\r🦆é") == "a\tb\nc[2J🦆é"
-
-
-def test_progress_lines_and_bars() -> None:
-    stream = io.StringIO()
-    assert isinstance(make_progress(stream), LineProgress)
-    with make_progress(stream).phase("capture", 3, "it") as advance:
-        advance(1)
-        advance(2)
-    assert re.fullmatch(r"capture: 3 in \d+\.\d s\n", stream.getvalue())
-    stream.isatty = lambda: True  # type: ignore[method-assign]
-    bars = make_progress(stream)
-    assert isinstance(bars, BarProgress)
-    for _ in range(2):
-        with bars.phase("download", 100, "B") as first, bars.phase("load", None, "B") as second:
-            first(100)
-            second(5)
-
-
-def test_amounts() -> None:
-    values = (0, 999, 1000, 999_949, 999_950, 91_726_656, 4_200_000_000, 5e12)
-    shown = ["0 B", "999 B", "1.0 kB", "999.9 kB", "1.0 MB", "91.7 MB", "4.2 GB", "5.0 TB"]
-    assert [amount(int(v), "B") for v in values] == shown
-
-
 def test_serve_says_that_the_port_is_taken() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -479,21 +305,6 @@ def test_sigterm_ends_a_load() -> None:
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (0, "")
     assert err == "interrupted\n"
-
-
-def slow_open_process(options: Any, progress: Any) -> Any:
-    """Stands in for open_process: ``none`` fails, anything else loads for a minute."""
-    if options.model == "none":
-        raise ModelLoadError("none: no such file")
-    try:
-        with progress.phase("load", None, "B") as advance:
-            print("loading", file=sys.stderr, flush=True)
-            for _ in range(3000):
-                advance(1)
-                time.sleep(0.02)
-    except BaseException:
-        print("interrupted", file=sys.stderr, flush=True)
-        raise
 
 
 def test_version_ranges() -> None:
@@ -526,7 +337,7 @@ def test_doctor_reports_and_judges(squall: Any, monkeypatch: pytest.MonkeyPatch)
 def test_doctor_notices_a_gpu_that_torch_cannot_use(
     squall: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if FakeLLM and __import__("torch").cuda.is_available():
+    if torch.cuda.is_available():
         pytest.skip("this GPU can be used")
     monkeypatch.setattr(doctor, "nvidia_smi", lambda: ["NVIDIA H100, 570.1, 81559 MiB"])
     monkeypatch.setattr(doctor, "check_hub", lambda: iter(()))
@@ -534,11 +345,3 @@ def test_doctor_notices_a_gpu_that_torch_cannot_use(
     assert code == 1
     assert "NVIDIA H100" in out
     assert "FAIL  GPU" in out
-
-
-if __name__ == "__main__":
-    import squall.llm
-
-    squall.llm.LLM = FakeLLM  # type: ignore[assignment, misc]
-    serving.open_process = slow_open_process
-    sys.exit(cli.main())

@@ -53,7 +53,7 @@ def batches(draw_: st.DrawFn) -> tuple[list[np.ndarray], list[int], list[float]]
     return list(weights), ks, ps
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(batches(), st.booleans(), st.booleans())
 def test_both_ways_keep_what_the_definition_keeps(
     batch: tuple[list[np.ndarray], list[int], list[float]], use_k: bool, use_p: bool

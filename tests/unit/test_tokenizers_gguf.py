@@ -190,7 +190,7 @@ def test_empty_tokens_do_not_clash() -> None:
 def test_ends_by_name_and_by_key() -> None:
     tokenizer = bpe()
     names = {tokenizer.token_text(i) for i in tokenizer.eos_ids}
-    assert names == {"<|endoftext|>", "<|im_end|>"}
+    assert names == {"<|endoftext|>", "<|im_end|>", "<eos>"}
     user = tokenizer.token_id("<|usr|>")
     assert user in bpe(eot_token_id=user).eos_ids
 
@@ -228,6 +228,17 @@ def test_ids_outside_the_vocabulary_have_no_text() -> None:
     tokenizer = spm()
     assert tokenizer.decode([-1, tokenizer.vocab_size, 10**9]) == ""
     assert tokenizer.token_text(tokenizer.vocab_size) == ""
+
+
+def test_special_tokens_of_one_byte_length() -> None:
+    """Equal in bytes, not in characters: the lower id goes first, also at the end of the text."""
+    tokens = list(BPE["metadata"]["tokenizer.ggml.tokens"])
+    types = [1] * len(tokens)
+    tokens[300:303], types[300:303] = ["\u2192", "!!!", "<\u2192>"], [4, 4, 4]
+    tokenizer = bpe(tokens=tokens, token_type=types)
+    assert tokenizer.encode("!!!\u2192") == [301, 300]
+    assert tokenizer.encode("<\u2192>\u2192") == [302, 300]
+    assert tokenizer.encode("!!!!\u2192") == [301, *tokenizer.encode("!"), 300]
 
 
 def test_space_prefix_rules() -> None:
@@ -268,7 +279,7 @@ def test_text_comes_back_unchanged() -> None:
 )
 @pytest.mark.parametrize("make", [bpe, spm], ids=["bpe", "spm"])
 def test_long_repetitions_are_not_quadratic(make: Any, piece: str) -> None:
-    """100 times the text may take 1,000 times as long (timer noise, caches), not 10,000 times."""
+    """50 times the text may take 500 times as long (timer noise, caches), not 2,500 times."""
     tokenizer = make()
 
     def seconds(text: str) -> float:
@@ -276,5 +287,5 @@ def test_long_repetitions_are_not_quadratic(make: Any, piece: str) -> None:
         tokenizer.encode(text)
         return time.process_time() - start
 
-    short = max(min(seconds(piece * (1000 // len(piece))) for _ in range(3)), 1e-4)
-    assert seconds(piece * (100_000 // len(piece))) < 1000 * short
+    short = max(min(seconds(piece * (600 // len(piece))) for _ in range(3)), 1e-4)
+    assert seconds(piece * (30_000 // len(piece))) < 500 * short

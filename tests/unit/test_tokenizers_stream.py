@@ -33,7 +33,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int], skip_special: bool = True) ->
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_any_ids(name: str, data: st.DataObject) -> None:
     tokenizer = BY_NAME[name]
@@ -44,7 +44,7 @@ def test_any_ids(name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", BY_NAME)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=60))
 def test_any_text_without_replacement_characters(name: str, text: str) -> None:
     tokenizer = BY_NAME[name]
@@ -58,7 +58,7 @@ def test_a_split_character_waits_for_its_last_byte() -> None:
     ids = [SPM.token_id(f"<0x{byte:02X}>") or 0 for byte in "\U0001f600".encode()]
     assert streamed(SPM, ids) == ["", "", "", "\U0001f600", ""]
     assert streamed(SPM, ids[:3]) == ["", "", "", "\ufffd"]
-    assert streamed(SPM, [*ids[:2], *SPM.encode("a", add_special=False)[-1:]])[2] == "\ufffda"
+    assert streamed(SPM, [*ids[:2], SPM.token_id("a") or 0])[2] == "\ufffda"
 
 
 def test_only_the_first_space_is_dropped() -> None:

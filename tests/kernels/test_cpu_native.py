@@ -1,0 +1,220 @@
+"""The native CPU library: compiling, caching, threads, and doing without."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from squall.kernels.quant import cpu_native
+from squall.kernels.quant.base import QuantFormat, gguf_formats
+
+Operators = tuple[
+    Callable[[Tensor, Tensor, int], Tensor], Callable[[Tensor, Tensor, int, torch.dtype], Tensor]
+]
+QUANTISED = [entry for entry in gguf_formats().values() if entry.unpack is not None]
+
+# What a process does first: enable() from two threads, and a product that must be right.
+FIRST_USE = """
+import threading, torch
+from squall.kernels.quant import cpu_native
+from squall.kernels.quant.base import gguf_formats
+from squall.kernels.quant.matmul import dequantize_rows, quant_matmul
+answers = []
+threads = [threading.Thread(target=lambda: answers.append(cpu_native.enable())) for _ in range(2)]
+[t.start() for t in threads], [t.join() for t in threads]
+assert answers == 2 * [cpu_native.enable()], answers
+raw = torch.arange(40 * 100).to(torch.uint8).view(100, 40)
+raw[:, 1::20], raw[:, 3::20] = 0x3C, 0x38
+x = torch.linspace(-1, 1, 300 * 64).view(300, 64)
+weights = gguf_formats()[3].dequantize(raw)
+assert (quant_matmul(x, raw, 3) - x @ weights.t()).abs().max() < 1e-2 < weights.abs().max()
+assert torch.equal(dequantize_rows(raw, torch.tensor([7]), 3, torch.float32), weights[7:8])
+"""
+TELL = FIRST_USE + "print(answers[0])\n"
+# Tasks before and after, with one thread and with two, then after a parallel operator of torch.
+THREADS = """
+import os
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+tasks = lambda: len(os.listdir("/proc/self/task"))
+def grown(run):
+    before = tasks()
+    run()
+    return tasks() - before
+""" + FIRST_USE.replace("threading, torch", "threading") + """
+big = torch.ones(4 << 20)
+print(grown(lambda: quant_matmul(x, raw, 3)))
+torch.set_num_threads(3)
+print(grown(lambda: quant_matmul(x, raw, 3)), grown(lambda: big + big), grown(lambda: big.exp()))
+maps = Path("/proc/self/maps").read_text().split()
+print(len({os.path.realpath(p) for p in maps if "gomp" in os.path.basename(p)}))
+"""  # fmt: skip
+
+
+def start(code: str, cache: Path, **environment: str) -> subprocess.Popen[str]:
+    chosen = {k: v for k, v in os.environ.items() if k not in ("CC", "OMP_NUM_THREADS")}
+    chosen |= {"SQUALL_CACHE": str(cache), **environment}
+    command = [sys.executable, "-W", "error", "-c", code]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=chosen)
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """(stdout, stderr) of a process that must succeed."""
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    return out.strip(), error.strip()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache with the library, made by four processes at once."""
+    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        pytest.skip("no C compiler in PATH")
+    folder = tmp_path_factory.mktemp("cache")
+    processes = [start(TELL, folder) for _ in range(4)]
+    assert [finish(process) for process in processes] == 4 * [("None", "")]
+    return folder
+
+
+def libraries(cache: Path) -> list[Path]:
+    return sorted(path for path in (cache / "native").iterdir() if path.name != "lock")
+
+
+def test_first_use_by_four_processes_leaves_one_library(cache: Path) -> None:
+    (library,) = libraries(cache)
+    assert re.fullmatch(r"[0-9a-f]{24}-[0-9a-f]{24}\.so", library.name)
+    assert (cache / "native").stat().st_mode & 0o077 == 0
+
+
+def test_the_cached_library_is_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [(path, path.stat().st_mtime_ns) for path in libraries(cache)]
+    monkeypatch.setenv("SQUALL_CACHE", str(cache))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(cpu_native, "_build", lambda *a: pytest.fail("compiled again"))
+    cpu_native._load()
+    assert [(path, path.stat().st_mtime_ns) for path in libraries(cache)] == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_a_damaged_library_is_built_again(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    (good,) = libraries(cache)
+    content = good.read_bytes()
+    bad = tmp_path / "native" / good.name
+    bad.parent.mkdir()
+    flipped = content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+    bad.write_bytes({"truncated": content[:-1000], "flipped": flipped, "empty": b""}[damage])
+    monkeypatch.setenv("SQUALL_CACHE", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    built: list[Path] = []
+
+    def build(compiler: object, folder: Path, key: str) -> Path:
+        assert not bad.exists()
+        built.append(Path(shutil.copy(good, folder)))
+        return built[0]
+
+    monkeypatch.setattr(cpu_native, "_build", build)
+    library = cpu_native._load()
+    assert library.squall_block_bytes(3) == 20
+    assert libraries(tmp_path) == built
+
+
+def test_changed_sources_and_compilers_have_other_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = cpu_native._Compiler(("cc",), ("-O3",), b"#define __VERSION__ 1")
+    others = [
+        cpu_native._Compiler(("gcc",), ("-O3",), b"#define __VERSION__ 1"),
+        cpu_native._Compiler(("cc",), ("-O2",), b"#define __VERSION__ 1"),
+        cpu_native._Compiler(("cc",), ("-O3",), b"#define __VERSION__ 2"),
+    ]
+    keys = {compiler.key() for compiler in (one, *others)}
+    monkeypatch.setattr(cpu_native, "_SOURCES", (Path(__file__),))
+    assert len(keys | {one.key()}) == 5
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
+def test_threads_are_torchs(cache: Path) -> None:
+    """One pool: as many threads as torch was told, and torch's operators start no more."""
+    out, error = finish(start(THREADS, cache))
+    assert error == ""
+    assert out.split() == ["0", "2", "0", "0", "1"]
+
+
+def test_without_a_compiler_the_reference_answers(tmp_path: Path) -> None:
+    out, error = finish(start(TELL, tmp_path, PATH=str(tmp_path)))
+    assert out == "no C compiler: cc, gcc or clang is not in PATH; install one (gcc)"
+    assert error == f"quantised models will be slow on this CPU: {out}"
+
+
+def test_a_compiler_that_does_not_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "odd cc"
+    monkeypatch.setenv("SQUALL_CACHE", str(tmp_path))
+    monkeypatch.setenv("CC", f"'{compiler}' --quick")
+    with pytest.raises(cpu_native._Unavailable, match=r"\$CC names '.*odd cc', which is not in"):
+        cpu_native._load()
+    compiler.write_text("#!/bin/sh\necho note >&2\necho 'fatal error: broken' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    with pytest.raises(cpu_native._Unavailable) as caught:
+        cpu_native._load()
+    assert str(caught.value) == f"'{compiler}' --quick does not work: fatal error: broken"
+    works_once = 'case "$*" in *-dM*) exit 0;; esac'
+    compiler.write_text(f"#!/bin/sh\n{works_once}\necho 'x.c:1: error: no' >&2\nexit 1\n")
+    with pytest.raises(cpu_native._Unavailable) as caught:
+        cpu_native._load()
+    assert str(caught.value) == f"'{compiler}' --quick cannot compile cpu_quant.c: x.c:1: error: no"
+    assert libraries(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library is then built for this process alone."""
+    (tmp_path / "native").write_text("in the way")
+    monkeypatch.setenv("SQUALL_CACHE", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    (good,) = libraries(cache)
+
+    def build(compiler: object, folder: Path, key: str) -> Path:
+        return Path(shutil.copy(good, folder))
+
+    monkeypatch.setattr(cpu_native, "_build", build)
+    assert cpu_native._load().squall_block_bytes(3) == 20
+
+
+@pytest.fixture(scope="module")
+def portable(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Operators:
+    """The operators built for the oldest machine of this kind: no AVX2, plain C."""
+    found = cpu_native._find_compiler()
+    compiler = cpu_native._Compiler(found.command, cpu_native._FLAGS, b"")
+    path = cpu_native._build(compiler, tmp_path_factory.mktemp("portable"), "portable")
+    library = cpu_native._declare(cpu_native.ctypes.CDLL(str(path)))
+    return cpu_native._matmul(library, None), cpu_native._dequantize(library)
+
+
+@pytest.mark.parametrize("entry", QUANTISED, ids=lambda entry: entry.name)
+def test_plain_c(portable: Operators, entry: QuantFormat) -> None:
+    matmul, rows = portable
+    source = torch.Generator().manual_seed(0)
+    shape = (40, 3 * entry.block_bytes)
+    raw = torch.randint(0, 256, shape, dtype=torch.uint8, generator=source)
+    weights = entry.dequantize(raw)
+    got = rows(raw, torch.arange(40), entry.ggml_type, torch.float32)
+    torch.testing.assert_close(got, weights, rtol=0, atol=0, equal_nan=True)
+    raw &= 0x3F  # float16 scales below 2
+    weights = entry.dequantize(raw).double()
+    for dtype, limit in ((torch.float32, 1e-4), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)):
+        x = torch.randn(7, weights.shape[1], generator=source).mul(2**-10).to(dtype)
+        expected = x.double() @ weights.t()
+        y = matmul(x, raw, entry.ggml_type)
+        assert y.dtype == dtype
+        error = ((y.double() - expected).abs().max() / expected.abs().max()).item()
+        assert error <= limit, f"{dtype}: {error:.1e}"
