@@ -1,103 +1,148 @@
-"""One answer to one prompt, piece by piece, with its timings."""
+"""One answer from a loaded model: streamed piece by piece, timed, stopped by Ctrl-C."""
 
 import queue
-import re
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from squall.llm import GenerationError
-from squall.runtime.frontend import Frontend
-from squall.runtime.output import Delta
-from squall.runtime.params import SamplingParams
+if TYPE_CHECKING:
+    from squall.loaders.progress import Progress
+    from squall.runtime.frontend import Generation
+    from squall.runtime.messages import ModelCard
+    from squall.runtime.options import EngineOptions
+    from squall.runtime.output import Delta
+    from squall.runtime.params import SamplingParams
 
-# What a terminal would obey: C0 (but for tab and newline), DEL, C1.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
-def printable(text: str) -> str:
-    """``text`` without control characters, for a terminal."""
-    return _CONTROLS.sub("", text)
+# What a model writes must not steer the terminal: control characters but tab and newline.
+_CONTROL: Final = dict.fromkeys({*range(32), *range(127, 160)} - {9, 10})
 
 
+class Model(Protocol):
+    """What ``squall run`` needs of a loaded model (``squall.runtime.frontend.Frontend``)."""
+
+    @property
+    def card(self) -> "ModelCard": ...
+
+    @property
+    def template(self) -> object | None: ...
+
+    def render_chat(self, messages: list[dict[str, Any]]) -> str: ...
+
+    def encode_chat(self, text: str) -> list[int]: ...
+
+    def encode_text(self, text: str) -> list[int]: ...
+
+    def start(
+        self,
+        prompt_ids: list[int],
+        params: "SamplingParams",
+        on_delta: "Callable[[Delta], None]",
+    ) -> "Generation":
+        """Begin generating; ``on_delta`` is called on the engine's thread."""
+        ...
+
+    def cancel(self, generation: "Generation") -> None: ...
+
+    def close(self) -> None: ...
+
+
+OpenModel = Callable[["EngineOptions", "Progress"], Model]
+
+
+@dataclass(frozen=True)
 class Answer:
-    """Generates when iterated over; leaving the iteration cancels what is unfinished."""
+    """One generated text. Times in seconds since the prompt was handed in."""
 
-    def __init__(self, frontend: Frontend, prompt_ids: list[int], params: SamplingParams) -> None:
-        """``params.n`` is 1."""
-        self._frontend = frontend
-        self._params = params
-        self._prompt_ids = prompt_ids
-        self.text = ""
-        self.finish_reason: str | None = None
-        self.completion_tokens = 0  # the stop token counts
-        self.first_token_s: float | None = None  # seconds from the start
-        self.total_s = 0.0
-
-    def __iter__(self) -> Iterator[str]:
-        """The text as it comes. Raises what ``Frontend.start`` does and GenerationError."""
-        deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-        begin = perf_counter()
-        generation = self._frontend.start(self._prompt_ids, self._params, deltas.put)
-        try:
-            while self.finish_reason is None:
-                delta = deltas.get()
-                self.total_s = perf_counter() - begin
-                if delta.finish_reason == "error":
-                    raise GenerationError(delta.error)
-                if self.first_token_s is None:
-                    self.first_token_s = self.total_s
-                self.completion_tokens = generation.completion_tokens
-                self.finish_reason = delta.finish_reason
-                self.text += delta.text
-                yield delta.text
-        finally:
-            self._frontend.cancel(generation)
+    text: str
+    finish_reason: str  # "stop", "length"; "abort": Ctrl-C
+    prompt_tokens: int
+    completion_tokens: int  # with the one that ended it
+    first_token_s: float | None  # None: there was none
+    total_s: float
 
     @property
-    def prompt_tokens(self) -> int:
-        return len(self._prompt_ids)
+    def stopped(self) -> bool:
+        """Whether Ctrl-C ended it."""
+        return self.finish_reason == "abort"
 
     @property
-    def prompt_rate(self) -> float | None:
-        """Prompt tokens per second, up to the first token of the answer."""
+    def prompt_tok_s(self) -> float | None:
+        """Prompt tokens by the time to the first new token."""
         return self.prompt_tokens / self.first_token_s if self.first_token_s else None
 
     @property
-    def generation_rate(self) -> float | None:
-        """Tokens per second after the first one; None when there is only one."""
-        if self.first_token_s is None or self.total_s <= self.first_token_s:
+    def completion_tok_s(self) -> float | None:
+        """New tokens after the first, by the time they took."""
+        if self.first_token_s is None or self.completion_tokens < 2:
             return None
-        return (self.completion_tokens - 1) / (self.total_s - self.first_token_s)
-
-    def summary(self) -> str:
-        """The statistics in one line."""
-        first = "-" if self.first_token_s is None else f"{self.first_token_s:.2f} s"
-        return (
-            f"prompt {self.prompt_tokens} tokens, {_rate(self.prompt_rate)} | "
-            f"generated {self.completion_tokens} tokens, {_rate(self.generation_rate)} | "
-            f"first token after {first}"
-        )
-
-    def report(self, model: str) -> dict[str, Any]:
-        """Everything for ``--json``."""
-        return {
-            "model": model,
-            "text": self.text,
-            "finish_reason": self.finish_reason,
-            "usage": {
-                "prompt_tokens": self.prompt_tokens,
-                "completion_tokens": self.completion_tokens,
-                "total_tokens": self.prompt_tokens + self.completion_tokens,
-            },
-            "timings": {
-                "time_to_first_token_s": self.first_token_s,
-                "total_s": self.total_s,
-                "prompt_tokens_per_s": self.prompt_rate,
-                "generated_tokens_per_s": self.generation_rate,
-            },
-        }
+        elapsed = self.total_s - self.first_token_s
+        return (self.completion_tokens - 1) / elapsed if elapsed > 0 else None
 
 
-def _rate(value: float | None) -> str:
-    return "- tok/s" if value is None else f"{value:.1f} tok/s"
+def generate(
+    model: Model,
+    prompt_ids: list[int],
+    params: "SamplingParams",
+    write: Callable[[str], None],
+) -> Answer:
+    """Generate one answer, passing each piece to ``write``; Ctrl-C ends it early.
+
+    Raises ParamError, EmptyPrompt, PromptTooLong, QueueFull, EngineDead, GenerationError, and
+    whatever ``write`` raises; nothing goes on in the engine then.
+    """
+    deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+    pieces: list[str] = []
+    reason: str | None = None
+    first: float | None = None
+    began = perf_counter()
+    generation = model.start(prompt_ids, params, deltas.put)
+    try:
+        while reason is None:
+            delta = deltas.get()
+            if delta.finish_reason == "error":
+                from squall.llm import GenerationError
+
+                raise GenerationError(delta.error)
+            first = first or perf_counter()
+            if delta.text:
+                pieces.append(delta.text)
+                write(delta.text)
+            reason = delta.finish_reason
+    except KeyboardInterrupt:
+        reason = "abort"
+    finally:
+        model.cancel(generation)
+    return Answer(
+        text="".join(pieces),
+        finish_reason=reason,
+        prompt_tokens=generation.prompt_tokens,
+        completion_tokens=generation.completion_tokens,
+        first_token_s=None if first is None else first - began,
+        total_s=perf_counter() - began,
+    )
+
+
+def statistics(answer: Answer) -> str:
+    """Counts, speeds and times of an answer, in a line."""
+    parts = [
+        _speed("prompt", answer.prompt_tokens, answer.prompt_tok_s),
+        _speed("answer", answer.completion_tokens, answer.completion_tok_s),
+    ]
+    if answer.first_token_s is not None:
+        parts.append(f"first after {answer.first_token_s:.2f} s")
+    parts.append(f"total {answer.total_s:.2f} s")
+    if answer.finish_reason == "length":
+        parts.append("cut: length limit")
+    elif answer.stopped:
+        parts.append("stopped")
+    return " | ".join(parts)
+
+
+def printable(text: str) -> str:
+    """Model text without the characters that would steer a terminal."""
+    return text.translate(_CONTROL)
+
+
+def _speed(name: str, tokens: int, rate: float | None) -> str:
+    return f"{name} {tokens} tokens" + (f", {rate:.1f} tok/s" if rate is not None else "")

@@ -1,113 +1,196 @@
 """The interactive chat of ``squall run``."""
 
-from collections.abc import Callable
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
 
 from rich.console import Console
 
-from squall.answer import Answer, printable
+from squall.answer import Model, generate, printable, statistics
+from squall.kernels.cache import cache_dir
 from squall.llm import GenerationError
 from squall.loaders.chat_template import TemplateError
-from squall.runtime.frontend import Frontend, PromptTooLong
-from squall.runtime.params import SamplingParams
+from squall.runtime.frontend import EmptyPrompt, PromptTooLong, QueueFull
+from squall.runtime.params import ParamError, SamplingParams
 
-HELP = """\\help         this list
-\\system MSG   tell the model how to behave from now on (alone: forget it)
-\\clear        forget the conversation, but not the system message
-\\exit         leave; so do Ctrl-D and, at the prompt, Ctrl-C
-Ctrl-C stops an answer."""
+HISTORY_LINES: Final = 1000
+_HELP: Final = r"""\help        this list
+\exit        leave; so do Ctrl-D and Ctrl-C at the prompt
+\system MSG  set the system message; without MSG, remove it
+\clear       forget the conversation, keep the system message
+Ctrl-C stops an answer; what there is of it stays in the conversation."""
 
 
-class Chat:
-    """A conversation: reads lines, answers them, remembers both."""
+@dataclass
+class Conversation:
+    """The messages so far, the system message apart."""
 
-    def __init__(
-        self,
-        frontend: Frontend,
-        params: SamplingParams,
-        console: Console,
-        read: Callable[[], str],
-    ) -> None:
-        """``read`` returns the next line; it raises EOFError or KeyboardInterrupt to leave."""
-        self._frontend = frontend
+    system: str | None = None
+    turns: list[dict[str, Any]] = field(default_factory=list)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """All messages, in the form chat templates take."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return system + self.turns
+
+    def add(self, role: str, content: str) -> None:
+        """Append one message."""
+        self.turns.append({"role": role, "content": content})
+
+
+def chat(model: Model, params: SamplingParams, *, history: Path | None = None) -> int:
+    """Talk until the user leaves; returns the exit code.
+
+    ``history`` is the file that keeps what was typed for the next chat (default: in the cache
+    folder). Raises TemplateError for a model without a chat template, EngineDead when the engine
+    is gone.
+    """
+    if model.template is None:
+        raise TemplateError(
+            "this model has none, so it cannot chat; give one with --chat-template, "
+            "or have it continue a text with --raw -p TEXT"
+        )
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    card = model.card
+    console.print(printable(card.name), style="bold", end=": ")
+    console.print(f"{card.format}, {card.device} ({card.dtype}), context {card.max_model_len}")
+    console.print(r"\help lists the commands", style="dim")
+    session = _Session(model, params, console)
+    with _line_editing(history or cache_dir() / "chat_history"):
+        while session.talking:
+            try:
+                line = input("> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                console.print()
+                break
+            session.take(line)
+    return 0
+
+
+class _Session:
+    """One chat; ``talking`` turns False when the user wants to leave."""
+
+    def __init__(self, model: Model, params: SamplingParams, console: Console) -> None:
+        self.talking = True
+        self._model = model
         self._params = params
         self._console = console
-        self._read = read
-        self._system: str | None = None
-        self._turns: list[dict[str, str]] = []
+        self._talk = Conversation()
 
-    def run(self) -> None:
-        """Until the user leaves."""
-        self._note(f"{self._frontend.card.name}: \\help lists the commands, \\exit leaves.")
-        while True:
-            try:
-                line = self._read().strip()
-            except (EOFError, KeyboardInterrupt):
-                self._console.print()
-                return
-            if line.startswith("\\"):
-                if not self._command(line):
-                    return
-            elif line:
-                self._answer(line)
+    def take(self, line: str) -> None:
+        """Follow a command, or answer a message."""
+        if not _is_unicode(line):
+            self._say("what you typed is not valid UTF-8")
+        elif line.startswith("\\"):
+            self._command(line)
+        elif line:
+            self._answer(line)
 
-    def _command(self, line: str) -> bool:
-        """Obey a command; False to leave."""
-        name, _, rest = line.partition(" ")
-        match name:
-            case "\\exit":
-                return False
-            case "\\help":
-                self._note(HELP)
-            case "\\clear":
-                self._turns.clear()
-                self._note("The conversation is forgotten.")
-            case "\\system":
-                self._system = rest.strip() or None
-                self._note("The system message is " + ("set." if self._system else "removed."))
-            case _:
-                self._note(f"There is no command {name}; \\help lists them.")
-        return True
+    def _command(self, line: str) -> None:
+        name, _, argument = line[1:].partition(" ")
+        argument = argument.strip()
+        commands: dict[str, Callable[[], None]] = {
+            "help": lambda: self._console.print(_HELP),
+            "exit": self._leave,
+            "system": lambda: self._set_system(argument),
+            "clear": self._clear,
+        }
+        command = commands.get(name)
+        if command is None:
+            known = ", ".join("\\" + known for known in commands)
+            self._say(f"unknown command \\{printable(name)}; the commands are {known}")
+        elif argument and name != "system":
+            self._say(f"\\{name} takes nothing after it")
+        else:
+            command()
 
-    def _messages(self) -> list[dict[str, str]]:
-        first = [{"role": "system", "content": self._system}] if self._system else []
-        return [*first, *self._turns]
+    def _leave(self) -> None:
+        self.talking = False
+
+    def _clear(self) -> None:
+        self._talk.turns.clear()
+        self._console.print("conversation cleared", style="dim")
+
+    def _set_system(self, text: str) -> None:
+        self._talk.system = text or None
+        said = "system message set" if text else "system message removed"
+        self._console.print(said, style="dim")
 
     def _answer(self, line: str) -> None:
-        """Generate and show one answer; what a question leads to that cannot be answered is
-        forgotten."""
-        self._turns.append({"role": "user", "content": line})
-        answer: Answer | None = None
+        """Show an answer; a message that got none leaves no trace in the conversation."""
+        self._talk.add("user", line)
         try:
-            text = self._frontend.render_chat(self._messages())
-            answer = Answer(self._frontend, self._frontend.encode_chat(text), self._params)
-            for piece in answer:
-                self._console.out(printable(piece), end="", highlight=False)
-            self._console.print()
-            if answer.finish_reason == "length":
-                self._note("(the answer was cut: the context or --max-tokens is used up)")
-            self._note(answer.summary())
-        except KeyboardInterrupt:
-            self._console.print()
-            self._note("(stopped)")
-        except TemplateError as error:
-            self._forget(f"The chat template refuses this conversation: {error}")
-            return
+            ids = self._model.encode_chat(self._model.render_chat(self._talk.messages()))
+            answer = generate(self._model, ids, self._params, _write)
         except PromptTooLong as error:
-            self._forget(f"{error}; \\clear starts anew")
+            self._forget(f"{error}; \\clear starts over")
             return
-        except GenerationError as error:
-            if self._frontend.unhealthy() is not None:
-                raise
+        except (
+            ParamError,
+            EmptyPrompt,
+            QueueFull,
+            TemplateError,
+            GenerationError,
+        ) as error:
             self._forget(str(error))
             return
-        if answer is None or not answer.text:
-            self._turns.pop()
+        except KeyboardInterrupt:  # before the engine had it
+            self._forget("stopped")
+            return
+        if answer.text:
+            self._talk.add("assistant", answer.text)
         else:
-            self._turns.append({"role": "assistant", "content": answer.text})
+            self._talk.turns.pop()
+        if not answer.text.endswith("\n"):
+            self._console.print()
+        if answer.stopped:
+            self._console.print("[stopped]", style="yellow")
+        self._console.print(statistics(answer), style="dim")
 
     def _forget(self, reason: str) -> None:
-        self._turns.pop()
-        self._note(reason)
+        self._talk.turns.pop()
+        self._say(reason)
 
-    def _note(self, text: str) -> None:
-        self._console.print(text, style="dim", markup=False, highlight=False)
+    def _say(self, problem: str) -> None:
+        self._console.print(" ".join(problem.split()), style="red")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(printable(text))
+    sys.stdout.flush()
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the terminal sent valid UTF-8 (else Python makes lone surrogates of it)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _line_editing(history: Path) -> Iterator[None]:
+    """Line editing with a history that lasts, where Python has readline (not on Windows).
+
+    A history that cannot be read or kept is no reason not to talk.
+    """
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    with contextlib.suppress(OSError):
+        readline.read_history_file(history)
+    readline.set_history_length(HISTORY_LINES)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            history.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(history, os.O_CREAT | os.O_WRONLY, 0o600))  # what was typed is private
+            readline.write_history_file(history)

@@ -1,34 +1,36 @@
-"""The command line, with a fake model."""
+"""The command line, with the fake model of ``tests/fake_model.py``."""
 
 import importlib.util
 import io
 import json
-import os
-import pty
 import re
-import select
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from squall import cli, doctor
+from squall.failures import UsageError, exit_code, one_line
+from squall.llm import GenerationError
+from squall.loaders.chat_template import TemplateError
+from squall.loaders.errors import ModelLoadError
+from squall.run import RunOptions, run
 from squall.runtime.client import StartupError
+from squall.runtime.frontend import PromptTooLong
 from squall.runtime.memory import KVMemoryError, OptionError
 from squall.runtime.messages import Failed
+from squall.runtime.options import EngineOptions
 from squall.runtime.params import SamplingParams
 
 
-def _fakes() -> ModuleType:
-    path = Path(__file__).parents[1] / "fake_llm.py"
-    spec = importlib.util.spec_from_file_location("squall_fake_llm", path)
+def _load_fakes() -> ModuleType:
+    path = Path(__file__).parents[1] / "fake_model.py"
+    spec = importlib.util.spec_from_file_location("squall_fake_model", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -36,312 +38,308 @@ def _fakes() -> ModuleType:
     return module
 
 
-fakes = _fakes()
-FakeLLM, WORDS = fakes.FakeLLM, fakes.WORDS
+fakes = _load_fakes()
+FakeModel, TEXT, LIMIT = fakes.FakeModel, fakes.TEXT, fakes.LIMIT
 
 
-def fake_squall(*args: str, **kwargs: Any) -> "subprocess.Popen[str]":
-    command = [sys.executable, str(fakes.__file__), *args]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, **{**pipes, "encoding": "utf-8", **kwargs})
+def options(prompt: str | None = "hi", **given: Any) -> RunOptions:
+    return RunOptions(EngineOptions(), SamplingParams(**given.pop("params", {})), prompt, **given)
 
 
-@pytest.fixture
-def squall(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Runs the command in this process: (code, stdout, stderr)."""
-    monkeypatch.setattr("squall.llm.LLM", FakeLLM)
-
-    def run(*args: str, stdin: bytes | None = None) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin or b"")))
-        try:
-            code = cli.main(args)
-        except SystemExit as leave:
-            code = int(str(leave.code))
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
-
-
-def test_run_streams_the_answer_and_reports_on_stderr(squall: Any) -> None:
-    code, out, err = squall("run", "-p", "hi")
-    assert (code, out) == (0, "".join(WORDS) + "\n")
-    load, stats = err.splitlines()
-    assert re.fullmatch(r"load: 2\.5 MB in \d+\.\d s", load)
-    assert re.fullmatch(
-        r"prompt 8 tokens, [\d.]+ tok/s \| generated 4 tokens, [\d.]+ tok/s \| "
-        r"first token after \d+\.\d\d s",
-        stats,
-    )
-    assert FakeLLM.made.frontend.prompts == ["<user>hi"]
-
-
-def test_run_json_is_one_object(squall: Any) -> None:
-    code, out, _ = squall("run", "--json", "-p", "hi")
-    report = json.loads(out)
-    assert code == 0
-    assert report["text"] == "".join(WORDS)
-    assert report["finish_reason"] == "stop"
-    assert report["model"] == "fake"
-    assert report["usage"] == {"prompt_tokens": 8, "completion_tokens": 4, "total_tokens": 12}
-    timings = report["timings"]
-    assert 0 < timings["time_to_first_token_s"] <= timings["total_s"]
-    assert timings["prompt_tokens_per_s"] == pytest.approx(8 / timings["time_to_first_token_s"])
-    spent = timings["total_s"] - timings["time_to_first_token_s"]
-    assert timings["generated_tokens_per_s"] == pytest.approx(3 / spent)
-
-
-def test_run_reads_the_prompt_from_standard_input(squall: Any) -> None:
-    code, _, _ = squall("run", "--raw", stdin="Grüße\n".encode())
-    assert code == 0
-    assert FakeLLM.made.frontend.prompts == ["Grüße\n"]
-
-
-def test_run_passes_every_option_on(squall: Any) -> None:
-    flags = "-m some/model -f x.gguf --device cpu --dtype f32 --max-seq-len 99 --max-seqs 3 "
-    flags += "--pa-gpu-mem 5 --pa-gpu-mem-usage .5 --pa-ctxt-len 64 --pa-blk-size 16 "
-    flags += "--token-source env:T --chat-template c.jinja --max-tokens 7 --temperature 0.3 "
-    flags += "--top-p 0.8 --top-k 5 --min-p 0.1 --seed 11"
-    assert squall("run", "-p", "x", *flags.split())[0] == 0
-    made = FakeLLM.made
-    assert made.model == "some/model"
-    given = {k: v for k, v in made.options.items() if k not in ("max_queue", "token_budget")}
-    assert given == {
-        "filename": "x.gguf",
-        "device": "cpu",
-        "dtype": "f32",
-        "max_seq_len": 99,
-        "max_seqs": 3,
-        "pa_gpu_mem": 5,
-        "pa_gpu_mem_usage": 0.5,
-        "pa_ctxt_len": 64,
-        "pa_blk_size": 16,
-        "token_source": "env:T",
-        "chat_template": "c.jinja",
-    }
-    assert made.frontend.params == [
-        SamplingParams(max_tokens=7, temperature=0.3, top_p=0.8, top_k=5, min_p=0.1, seed=11)
-    ]
+# --- the command line itself -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("args", "code", "message"),
+    ("args", "message"),
     [
-        ((), 2, "required: COMMAND"),
-        (("fly",), 2, "invalid choice: 'fly'"),
-        (("run", "--bogus"), 2, "unrecognized arguments: --bogus"),
-        (("run", "--max-tok", "3"), 2, "unrecognized arguments: --max-tok"),
-        (("run", "--top-k", "2.5"), 2, "argument --top-k: '2.5' is not an integer"),
-        (("run", "--dtype", "f8"), 2, "invalid choice: 'f8'"),
-        (("run", "-p", "x", "--temperature", "nan"), 2, "temperature is nan, expected"),
-        (("run", "-p", "x", "--max-tokens", "0"), 2, "max_tokens is 0, expected"),
-        (("run", "-p", "x", "--pa-blk-size", "7"), 2, "--pa-blk-size is 7, accepted: 8, 16"),
-        (("run", "-p", " "), 2, "the prompt is empty"),
-        (("run",), 2, "the prompt is empty"),
-        (("run", "-p", "\udcff"), 2, "the prompt is not UTF-8"),
-        (("run", "-p", "x", "-m", "none"), 1, "none: no such file"),
-        (("run", "-p", "x", "-m", "bare"), 2, "fake has no chat template: give one with"),
-        (("run", "-p", "bad turn"), 1, "roles must alternate"),
-        (("run", "-p", "x" * 600), 1, "the prompt has 606 tokens, the context length is 500"),
-        (("run", "-p", "broken"), 1, "the step failed"),
-        (("serve", "--port", "70000"), 2, "argument --port: 70000 is not from 0 to 65535"),
-        (("serve", "--max-queue", "0"), 2, "--max-queue is 0, expected at least 1"),
+        ((), "required: COMMAND"),
+        (("fly",), "invalid choice: 'fly' (choose from 'run', 'serve', 'doctor')"),
+        (("run", "--bogus"), "unrecognized arguments: --bogus"),
+        (("run", "--max-tok", "3"), "unrecognized arguments: --max-tok"),
+        (("run", "-p"), "-p/--prompt: expected one argument"),
+        (("run", "--max-tokens", "x"), "--max-tokens: 'x' is given, expected an integer from 1 to"),
+        (("run", "--max-tokens", "0"), "--max-tokens: '0' is given, expected an integer from 1 to"),
+        (("run", "--top-k", "2.5"), "--top-k: '2.5' is given, expected an integer from -1 to"),
+        (("run", "--temperature", "nan"), "'nan' is given, expected a number from 0 to 100"),
+        (("run", "--top-p", "0"), "'0' is given, expected a number above 0 and up to 1"),
+        (("run", "--min-p", "1.1"), "'1.1' is given, expected a number from 0 to 1"),
+        (("run", "--dtype", "f8"), "--dtype: invalid choice: 'f8' (choose from 'auto', 'f32'"),
+        (("run", "--pa-blk-size", "7"), "--pa-blk-size: invalid choice: 7 (choose from 8, 16, 32"),
+        (("run", "--pa-gpu-mem-usage", "1.5"), "expected a number above 0 and up to 1"),
+        (("run", "--max-seqs", "-1"), "expected an integer from 1 to"),
+        (("run", "--chat-template", "no.jinja"), "--chat-template: no.jinja: no such file"),
+        (("run", "-f", "x", "-p", "hi"), "-f x: without -m this is the path of a .gguf file"),
+        (("serve", "--port", "70000"), "--port: '70000' is given, expected an integer from 0 to"),
+        (("serve", "--shutdown-timeout", "-1"), "expected a number from 0 to 86400"),
     ],
 )
-def test_mistakes_are_one_line(squall: Any, args: tuple[str, ...], code: int, message: str) -> None:
-    found, _, err = squall(*args)
-    lines = [line for line in err.splitlines() if not line.startswith("load:")]
-    assert found == code
-    assert len(lines) == 1
-    assert lines[0].startswith("squall: ")
-    assert message in lines[0]
+def test_usage_errors_are_one_line(
+    capsys: pytest.CaptureFixture[str], args: tuple[str, ...], message: str
+) -> None:
+    assert cli.main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"squall: error: [^\n]+\n", err)
+    assert message in err
 
 
-def test_standard_input_must_be_utf8(squall: Any) -> None:
-    code, _, err = squall("run", stdin=b"ab\xff")
-    assert (code, err) == (2, "squall: standard input is not UTF-8 at byte 2\n")
+def test_a_mistyped_token_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["run", "--token-source", "hf_secret"]) == 2
+    err = capsys.readouterr().err
+    assert "accepted: literal:VALUE, env:VARIABLE, path:FILE, cache, none" in err
+    assert "hf_secret" not in err
+
+
+@pytest.mark.parametrize(("args", "code"), [(("-m", "/none"), 1), (("-f", "/none/x.gguf"), 1)])
+def test_missing_models_are_one_line(
+    capsys: pytest.CaptureFixture[str], args: tuple[str, ...], code: int
+) -> None:
+    assert cli.main(["run", "-p", "hi", *args]) == code
+    err = capsys.readouterr().err
+    assert err == f"squall: error: {args[1]}: no such file or folder\n"
+
+
+@pytest.mark.parametrize("device", ["tpu", "cpu:1", "cuda:x"])
+def test_unknown_devices_are_told_before_any_download(
+    capsys: pytest.CaptureFixture[str], device: str
+) -> None:
+    assert cli.main(["run", "-p", "hi", "-m", "org/none", "--device", device]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("squall: error: ")
+    assert device in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["serve"], ["doctor"]])
+def test_help_fits_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main([*command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: squall")
+    assert max(map(len, text.splitlines())) <= 80
+    if command == ["run"]:
+        assert "default: 0.7" in " ".join(text.split())
+        assert all(name in text for name in ("--pa-ctxt-len", "--seed", "--raw", "--token-source"))
+    if command == ["serve"]:
+        assert "default: 127.0.0.1" in text
+        assert "default: 1234" in text
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from squall.cli import main; code = main(['run', '--help']);"
+        "heavy = {'torch', 'rich', 'uvloop', 'huggingface_hub', 'numpy'} & set(sys.modules);"
+        "sys.exit(repr(heavy) if heavy else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(r"squall \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
+def test_options_reach_the_engine(tmp_path: Path) -> None:
+    template = tmp_path / "c.jinja"
+    template.write_text("x")
+    flags = "-m some/model -f x.gguf --device cpu --dtype f32 --max-seq-len 99 --max-seqs 3 "
+    flags += "--pa-gpu-mem 5 --pa-gpu-mem-usage .5 --pa-ctxt-len 64 --pa-blk-size 16 "
+    flags += f"--token-source env:T --chat-template {template}"
+    args = cli.build_parser().parse_args(["serve", *flags.split()])
+    assert cli.engine_options(args) == EngineOptions(
+        model="some/model",
+        filename="x.gguf",
+        device="cpu",
+        dtype="f32",
+        max_seq_len=99,
+        max_seqs=3,
+        pa_gpu_mem=5,
+        pa_gpu_mem_usage=0.5,
+        pa_ctxt_len=64,
+        pa_blk_size=16,
+        token_source="env:T",
+        chat_template=str(template),
+    )
+    alone = cli.build_parser().parse_args(["run", "-f", "x.gguf"])
+    assert cli.engine_options(alone) == EngineOptions(model=str(Path("x.gguf").absolute()))
 
 
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (OptionError("bad flag"), 2, "bad flag"),
-        (KVMemoryError("no room"), 1, "no room"),
-        (
-            StartupError(Failed("no such GPU", "DeviceError", "Traceback of the child")),
-            2,
-            "no such",
-        ),
-        (StartupError(Failed("bad\nfile", "ModelLoadError", "")), 1, "bad file"),
-        (ValueError("odd\nthing"), 1, "internal error: ValueError: odd thing (--debug shows"),
-        (RuntimeError(), 1, "internal RuntimeError"),
+        (UsageError("no"), 2, "no"),
+        (OptionError("no"), 2, "no"),
+        (ModelLoadError("x.gguf:\n bad"), 1, "x.gguf: bad"),
+        (KVMemoryError("too big"), 1, "too big"),
+        (StartupError(Failed("too big", "KVMemoryError", "Traceback")), 1, "too big"),
+        (StartupError(Failed("no", "DeviceError", "Traceback")), 2, "no"),
+        (StartupError(Failed("odd", "IndexError", "Traceback")), 1, "internal error: IndexError:"),
+        (FileNotFoundError(2, "gone", "a.txt"), 1, "[Errno 2] gone: 'a.txt'"),
+        (IndexError("x"), 1, "internal error: IndexError: x (--debug shows where)"),
     ],
 )
+def test_errors_have_codes_and_a_line(error: Exception, code: int, line: str) -> None:
+    assert exit_code(error) == code
+    assert one_line(error).startswith(line)
+
+
 @pytest.mark.parametrize("debug", [False, True])
-def test_exit_codes_and_tracebacks(
-    squall: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
-    code: int,
-    line: str,
-    debug: bool,
+def test_tracebacks_are_for_debugging(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, debug: bool
 ) -> None:
-    def fail(*args: Any) -> None:
-        raise error
+    def fail(**_: object) -> int:
+        raise StartupError(Failed("no room", "KVMemoryError", "Traceback of the child\n"))
 
-    monkeypatch.setattr("squall.run.run", fail)
-    found, _, err = squall("run", *(["--debug"] if debug else []))
-    assert found == code
-    assert err.splitlines()[-1].startswith(f"squall: {line}")
-    assert ("Traceback" in err) == debug
-    assert ("Traceback of the child" in err) == (debug and "GPU" in str(error))
+    monkeypatch.setattr(doctor, "doctor", fail)
+    assert cli.main(["doctor", "--debug"] if debug else ["doctor"]) == 1
+    err = capsys.readouterr().err
+    assert err.endswith("squall: error: no room\n")
+    assert ("Traceback of the child" in err) == ("in fail" in err) == debug
+    monkeypatch.setattr(doctor, "doctor", lambda **_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == ""
 
 
-def test_parsing_needs_no_heavy_import() -> None:
-    code = (
-        "import sys, squall.cli\n"
-        "try: squall.cli.main(sys.argv[1:])\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'rich', 'uvloop', 'transformers', 'huggingface_hub'}\n"
-        "print(sorted(heavy & set(sys.modules)))"
+# --- run ---------------------------------------------------------------------------------------
+
+
+def test_run_streams_the_answer_and_reports_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    model = FakeModel()
+    assert run(options(), model.open) == 0
+    out, err = capsys.readouterr()
+    assert out == TEXT + "\n"
+    load, stats = err.splitlines()
+    assert re.fullmatch(r"load: 3\.0 MiB \.\.\. done in \d\.\d s", load)
+    rate = r", [\d.]+ tok/s"
+    assert re.fullmatch(
+        rf"squall: prompt 8 tokens{rate} \| answer 4 tokens{rate} \| "
+        r"first after \d\.\d\d s \| total \d\.\d\d s",
+        stats,
     )
-    for args in (["--version"], ["run", "--help"], ["serve", "--bogus"]):
-        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
-        assert done.stdout.splitlines()[-1] == "[]"
-    version = subprocess.run(
-        [sys.executable, "-m", "squall.cli", "--version"], capture_output=True, text=True
-    )
-    assert (version.returncode, version.stdout) == (0, "squall 0.1.0\n")
+    assert model.prompts == ["<user>hi"]
+    assert model.closed
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["serve"], ["doctor"]])
-def test_help(squall: Any, command: list[str]) -> None:
-    code, out, err = squall(*command, "--help")
-    assert (code, err) == (0, "")
-    assert "usage: squall" in out
-    assert "None" not in out
+def test_run_tells_when_the_answer_was_cut(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(options(params={"max_tokens": 2}), FakeModel().open) == 0
+    out, err = capsys.readouterr()
+    assert out == "Hello wörld\n"
+    assert err.endswith(" | cut: length limit\n")
 
 
-def test_a_reader_that_leaves_is_no_error_message() -> None:
-    process = fake_squall("run", "-p", "forever")
-    assert process.stdout is not None
-    assert process.stdout.read(6) == "again "
-    process.stdout.close()
-    assert process.stderr is not None
-    err = process.stderr.read()
-    assert process.wait(30) == 1
-    assert "Traceback" not in err
-    assert "squall:" not in err
-    process.stderr.close()
-    process.stdin.close()
+def test_run_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(options(json=True), FakeModel().open) == 0
+    report = json.loads(capsys.readouterr().out)
+    timings = report.pop("timings")
+    assert report == {
+        "model": "fake",
+        "text": TEXT,
+        "finish_reason": "stop",
+        "usage": {"prompt_tokens": 8, "completion_tokens": 4, "total_tokens": 12},
+    }
+    assert list(timings) == [
+        "load_s",
+        "time_to_first_token_s",
+        "prompt_tok_s",
+        "completion_tok_s",
+        "total_s",
+    ]
+    assert 0 < timings["time_to_first_token_s"] < timings["total_s"] < 10
 
 
-def test_ctrl_c_ends_a_run() -> None:
-    process = fake_squall("run", "-p", "forever")
-    assert process.stdout is not None
-    assert process.stdout.read(6) == "again "
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+def test_run_raw_and_models_without_template(capsys: pytest.CaptureFixture[str]) -> None:
+    model, bare = FakeModel(), FakeModel(template=None)
+    assert run(options("Once", raw=True), model.open) == 0
+    assert model.prompts == ["Once"]
+    assert "template" not in capsys.readouterr().err
+    assert run(options("Once"), bare.open) == 0
+    assert bare.prompts == ["Once"]
+    lines = [line for line in capsys.readouterr().err.splitlines() if "template" in line]
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "prompt", "message"),
+    [
+        ("Grüße\n".encode(), "Grüße", None),
+        (b"two\nlines\r\n", "two\nlines", None),
+        (b"", None, "the prompt is empty"),
+        (b"ab\xff", None, "standard input is not valid UTF-8 (byte 2)"),
+    ],
+)
+def test_run_reads_standard_input(
+    monkeypatch: pytest.MonkeyPatch, data: bytes, prompt: str | None, message: str | None
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    model = FakeModel()
+    if message is None:
+        assert run(options(None, raw=True), model.open) == 0
+        assert model.prompts == [prompt]
+    else:
+        with pytest.raises(UsageError, match=re.escape(message)):
+            run(options(None), model.open)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error"),
+    [
+        ("", UsageError),
+        ("\udcff", UsageError),
+        ("bad turn", TemplateError),
+        ("x" * LIMIT, PromptTooLong),
+        ("broken", GenerationError),
+    ],
+)
+def test_run_errors_close_the_model(prompt: str, error: type[Exception]) -> None:
+    model = FakeModel()
+    with pytest.raises(error):
+        run(options(prompt), model.open)
+    assert model.closed == (error is not UsageError)
+
+
+def test_a_chat_needs_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    for given in ({"json": True}, {"raw": True}, {}):
+        with pytest.raises(UsageError, match="pipe it in"):
+            run(options(None, **given), FakeModel().open)
+
+
+def fake_squall(*args: str, **kwargs: Any) -> "subprocess.Popen[bytes]":
+    """``squall run`` with the fake model."""
+    return subprocess.Popen([sys.executable, str(fakes.__file__), *args], **kwargs)
+
+
+@pytest.mark.parametrize("flag", ["", "json"])
+def test_ctrl_c_keeps_what_there_is(flag: str) -> None:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with fake_squall("forever", flag, **pipes) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        first = process.stdout.read(5) if not flag else process.stderr.readline()
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert "Traceback" not in err
+    assert b"Traceback" not in err
+    if flag:
+        report = json.loads(out)
+        assert report["finish_reason"] == "abort"
+        assert report["text"].startswith("Hello")
+    else:
+        assert first == b"Hello"
+        assert out.endswith(b"\n")
+        assert err.endswith(b" | stopped\n")
 
 
-def test_a_terminal_gets_a_chat_and_ctrl_c_stops_an_answer_then_leaves() -> None:
-    master, slave = pty.openpty()
-    process = fake_squall(
-        "run", stdin=slave, stdout=slave, stderr=slave, start_new_session=True, encoding=None,
-        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
-    )  # fmt: skip
-    os.close(slave)
-    seen = ""
-
-    def expect(text: str) -> None:
-        nonlocal seen
-        deadline = time.monotonic() + 60
-        while text not in seen:
-            assert time.monotonic() < deadline, seen
-            if select.select([master], [], [], 1)[0]:
-                seen += os.read(master, 4096).decode(errors="replace")
-        seen = seen.partition(text)[2]
-
-    expect("> ")
-    os.write(master, b"hi\n")
-    expect("Hello wörld[31m!")  # its escape character is not obeyed
-    expect("generated 4 tokens")
-    expect("> ")
-    os.write(master, b"forever\n")
-    expect("again again")
-    os.write(master, b"\x03")
-    expect("(stopped)")
-    expect("> ")
-    os.write(master, b"\x03")
-    assert process.wait(30) == 0
-    os.close(master)
-
-
-def test_serve_says_that_the_port_is_taken() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        process = fake_squall("serve", "--port", str(port))
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert f"port {port} on 127.0.0.1 is already in use" in err
-
-
-def test_serve_without_its_model_fails_in_one_line() -> None:
-    process = fake_squall("serve", "--port", "0", "-m", "none")
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (1, "")
-    assert err == "squall: none: no such file\n"
-
-
-def test_sigterm_ends_a_load() -> None:
-    process = fake_squall("serve", "--port", "0", "-m", "slow")
-    assert process.stderr is not None
-    assert process.stderr.readline() == "loading\n"
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (0, "")
-    assert err == "interrupted\n"
-
-
-def test_version_ranges() -> None:
-    assert doctor.in_range("2.13.0+cpu", ">=2.8,<2.14")
-    assert not doctor.in_range("2.14.0", ">=2.8,<2.14")
-    assert not doctor.in_range("2.7.1", ">=2.8")
-    assert doctor.in_range("2.8.3", "==2.8.*")
-    assert doctor.in_range("11", ">=11")
-    names = dict(doctor.requirements())
-    assert names["torch"] == "<2.14,>=2.8"
-    assert "pytest" not in names
-
-
-def test_doctor_reports_and_judges(squall: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    code, out, err = squall("doctor")
-    assert (code, err) == (0, "")
-    for word in ("Python", "torch", "cpu ", "GiB free", "C compiler", "hub cache", "Ready."):
-        assert word in out
-    assert "http://127.0.0.1:9 cannot be reached" in out
-    monkeypatch.setattr(doctor, "requirements", lambda: [("torch", ">=99"), ("no-such-thing", "")])
-    code, out, _ = squall("doctor")
-    assert code == 1
-    assert "needed: >=99" in out
-    assert "-> python -m pip install 'torch>=99'" in out
-    assert "-> python -m pip install 'no-such-thing'" in out
-
-
-def test_doctor_notices_a_gpu_that_torch_cannot_use(
-    squall: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this GPU can be used")
-    monkeypatch.setattr(doctor, "nvidia_smi", lambda: ["NVIDIA H100, 570.1, 81559 MiB"])
-    monkeypatch.setattr(doctor, "check_hub", lambda: iter(()))
-    code, out, _ = squall("doctor")
-    assert code == 1
-    assert "NVIDIA H100" in out
-    assert "FAIL  GPU" in out
+def test_a_reader_that_leaves_ends_the_run() -> None:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with fake_squall("forever", **pipes) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(5) == b"Hello"
+        process.stdout.close()
+        assert process.wait(20) == 1
+        assert process.stderr.read().count(b"\n") == 1  # the load
