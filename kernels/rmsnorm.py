@@ -4,8 +4,8 @@
 arXiv:1910.07467), computed in float32 and rounded once to the dtype of ``x``. ``weight`` is
 float32 ``[D]`` (Gemma's ``1 + w`` is added when a model is loaded). ``x`` is ``[..., D]``, f32,
 f16 or bf16; leading dimensions may be strided (a q or k slice of a fused qkv tensor), the last
-one is dense. ``add_rms_norm`` takes rows ``[T, D]``, rounds ``x + residual`` to the dtype and
-normalises the rounded sum.
+one is dense. ``add_rms_norm`` takes rows ``[T, D]``; ``x + residual`` is rounded to the dtype of
+``residual`` (float32, or that of ``x``) and that sum is normalised.
 """
 
 from collections.abc import Iterator
@@ -32,9 +32,9 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm_reference(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """``(rms_norm(x + residual), x + residual)``, both ``[T, D]``."""
+    """``(rms_norm(x + residual), x + residual)``, both ``[T, D]``, the first like ``x``."""
     total = x + residual
-    return rms_norm_reference(total, weight, eps), total
+    return rms_norm_reference(total, weight, eps).to(x.dtype), total
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def add_rms_norm_launcher(
     assert x.shape == residual.shape, f"{x.shape} + {residual.shape}"
     assert x.stride(1) == residual.stride(1) == 1, "rows must be dense"
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     if x.numel() == 0:
         return y, total
     count, dim = x.shape
@@ -187,7 +187,8 @@ def _head_case(tokens: int, heads: int, dim: int) -> Case:
 def _add_case(tokens: int, dim: int) -> Case:
     def build(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor, float]:
         x = random((tokens, dim), dtype, device, 5)
-        residual = random((tokens, dim + 8), dtype, device, 6)[:, :dim]
+        wide = torch.float32 if tokens % 2 else dtype  # the residual stream is usually float32
+        residual = random((tokens, dim + 8), wide, device, 6)[:, :dim]
         return x, residual, random((dim,), torch.float32, device, 7), 1e-6
 
     name = f"add_rms_norm-{tokens}x{dim}"

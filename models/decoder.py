@@ -44,7 +44,7 @@ class Block:
         cache: tuple[Tensor, Tensor],
         rope: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """``(x, residual)``, both [T, hidden]: the last block's output, not yet added, and the
+        """``x`` [T, hidden]: the last block's output, not yet added; ``residual`` float32: the
         stream before it. Returns the same pair for this block."""
         x, residual = add_rms_norm(x, residual, self.input_norm, self.eps)
         x = self.attention(x, batch, cache, rope)
@@ -101,7 +101,9 @@ class Decoder:
         x = self.embedding.rows(batch.token_ids, self.dtype)
         if config.embedding_scale != 1.0:  # rounded to the model's dtype, as transformers does
             x = x * torch.tensor(config.embedding_scale, dtype=self.dtype)
-        residual = torch.zeros_like(x)
+        # the stream that every layer adds to stays float32: in bf16 its rounding would be the
+        # largest error of all
+        residual = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for block, *pages in zip(self.blocks, cache.keys, cache.values, strict=True):
             x, residual = block(x, residual, batch, (pages[0], pages[1]), self.ropes[block.rope])
         x, residual = x[batch.logit_rows], residual[batch.logit_rows]

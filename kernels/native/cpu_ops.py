@@ -7,6 +7,7 @@ the C code does not take, still go to the reference.
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class CpuOps:
 
     def __init__(self, library: ctypes.CDLL, parallel: int | None) -> None:
         self._parallel = parallel
-        shape = [_ADDRESS, _INT]
+        shape: list[Any] = [_ADDRESS, _INT]
         self._norm = library.squall_rms_norm
         self._norm.argtypes = [*shape, *[_ADDRESS] * 5, *[_SIZE] * 5, _FLOAT]
         self._rope = library.squall_rope
@@ -149,9 +150,7 @@ class CpuOps:
     def _act(self, x: Tensor, gelu: int) -> Tensor:
         rows, width = x.shape[0], x.shape[1] // 2
         out = torch.empty((rows, width), dtype=_f32)
-        self._gated(
-            self._parallel, _threads(), gelu, x.data_ptr(), out.data_ptr(), rows, width
-        )
+        self._gated(self._parallel, _threads(), gelu, x.data_ptr(), out.data_ptr(), rows, width)
         return out
 
 

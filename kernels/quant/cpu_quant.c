@@ -50,21 +50,21 @@ typedef struct {
 
 /* name_blocks(): `count` blocks of LANES rows, fetching those `ahead` bytes on into L2: so many
  * short runs at once are too much for the hardware's prefetcher. */
-#define DEFINE(name, code, elements, bytes, group, has_min)                         \
-    static void name##_blocks(const Bytes *rows, int count, int64_t ahead, V *q,    \
-                              F *scale, F *min) {                                   \
-        Bytes p[LANES];                                                             \
-        memcpy(p, rows, sizeof p);                                                  \
-        for (int b = 0; b < count; b++) {                                           \
-            _Pragma("GCC unroll 16") for (int r = 0; r < LANES; r++)                \
-                for (int at = 0; at < bytes; at += 64)                              \
-                    __builtin_prefetch(p[r] + ahead + at, 0, 2);                    \
-            name(p, q, scale, min);                                                 \
-            _Pragma("GCC unroll 16") for (int r = 0; r < LANES; r++) p[r] += bytes; \
-            q += elements / 2 * NV;                                                 \
-            scale += elements / group * NV;                                         \
-            min += elements / group * NV;                                           \
-        }                                                                           \
+#define DEFINE(name, code, elements, bytes, group, has_min)                      \
+    static void name##_blocks(const Bytes *rows, int count, int64_t ahead, V *q, \
+                              F *scale, F *min) {                                \
+        Bytes p[LANES];                                                          \
+        memcpy(p, rows, sizeof p);                                               \
+        for (int b = 0; b < count; b++) {                                        \
+            UNROLL for (int r = 0; r < LANES; r++)                               \
+                for (int at = 0; at < bytes; at += 64)                           \
+                    __builtin_prefetch(p[r] + ahead + at, 0, 2);                 \
+            name(p, q, scale, min);                                              \
+            UNROLL for (int r = 0; r < LANES; r++) p[r] += bytes;                \
+            q += elements / 2 * NV;                                              \
+            scale += elements / group * NV;                                      \
+            min += elements / group * NV;                                        \
+        }                                                                        \
     }
 FORMATS(DEFINE)
 
@@ -187,22 +187,22 @@ INLINE void multiply_tile(const Job *j, const Panel *w, int64_t m, int64_t k, in
     const float *sums = j->sums + m * (K / group) + k / group;
     const V *q = w->q;
     F total[TILE][NV];
-#pragma GCC unroll 8
+    UNROLL
     for (int t = 0; t < tile; t++)
         for (int v = 0; v < NV; v++) total[t][v] = sum[t * NV + v];
     for (int g = 0; g < count / group; g++, x += group) {
         V dot[TILE][NV];
-#pragma GCC unroll 8
+        UNROLL
         for (int t = 0; t < tile; t++)
             for (int v = 0; v < NV; v++) dot[t][v] = (V){0};
-#pragma GCC unroll 4
+        UNROLL_BY_4
         for (int s = 0; s < group / 2; s++, q += NV)
-#pragma GCC unroll 8
+            UNROLL
             for (int t = 0; t < tile; t++) {
                 V pair = spread(x + t * K + 2 * s);
                 for (int v = 0; v < NV; v++) dot[t][v] = madd(dot[t][v], q[v], pair);
             }
-#pragma GCC unroll 8
+        UNROLL
         for (int t = 0; t < tile; t++)
             for (int v = 0; v < NV; v++) {
                 F scale = w->scale[g * NV + v] * xs[t * (K / 32) + g * group / 32];
@@ -213,7 +213,7 @@ INLINE void multiply_tile(const Job *j, const Panel *w, int64_t m, int64_t k, in
                 }
             }
     }
-#pragma GCC unroll 8
+    UNROLL
     for (int t = 0; t < tile; t++)
         for (int v = 0; v < NV; v++) sum[t * NV + v] = total[t][v];
 }

@@ -13,6 +13,13 @@
 #error "GGUF blocks are little-endian"
 #endif
 
+#ifdef __clang__ /* loops over arrays of vectors must go, or these live in memory */
+#define UNROLL _Pragma("clang loop unroll(full)")
+#define UNROLL_BY_4 _Pragma("clang loop unroll_count(4)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#define UNROLL_BY_4 _Pragma("GCC unroll 4")
+#endif
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__AVX512BW__) && defined(__AVX512F__)
 #define LANES 16
@@ -154,7 +161,7 @@ INLINE void q4_0(const Bytes *p, V *q, F *scale, F *min) {
     V v[4];
     *scale = load_half(p, 0);
     load_words(p, 2, v);
-#pragma GCC unroll 8
+    UNROLL
     for (int s = 0; s < 8; s++) {
         q[s * NV] = minus(field(v[s / 2], s % 2 * 8, 15), 8);
         q[(s + 8) * NV] = minus(field(v[s / 2], s % 2 * 8 + 4, 15), 8);
@@ -166,7 +173,7 @@ INLINE void q4_1(const Bytes *p, V *q, F *scale, F *min) {
     *scale = half_lanes(dm);
     *min = half_lanes(dm >> 16);
     load_words(p, 4, v);
-#pragma GCC unroll 8
+    UNROLL
     for (int s = 0; s < 8; s++) {
         q[s * NV] = field(v[s / 2], s % 2 * 8, 15);
         q[(s + 8) * NV] = field(v[s / 2], s % 2 * 8 + 4, 15);
@@ -177,7 +184,7 @@ INLINE void q4_1(const Bytes *p, V *q, F *scale, F *min) {
 INLINE void add_fifth_bits(V bits, V *q, int16_t offset) {
     V low = (bits & 0xffff) | (V)((U)bits >> 2 << 16);
     V high = (V)((U)bits >> 16) | ((V)((U)bits >> 18) << 16);
-#pragma GCC unroll 8
+    UNROLL
     for (int s = 0; s < 8; s++) {
         int k = s / 2 * 4 + s % 2;
         q[s * NV] = minus(q[s * NV] | bit_field(low, k, 4), offset);
@@ -188,7 +195,7 @@ INLINE void add_fifth_bits(V bits, V *q, int16_t offset) {
 INLINE void q5(const Bytes *p, int at, V *q, int16_t offset) {
     V v[4], bits = load_word(p, at);
     load_words(p, at + 4, v);
-#pragma GCC unroll 8
+    UNROLL
     for (int s = 0; s < 8; s++) {
         q[s * NV] = field(v[s / 2], s % 2 * 8, 15);
         q[(s + 8) * NV] = field(v[s / 2], s % 2 * 8 + 4, 15);
@@ -213,7 +220,7 @@ INLINE void q8_0(const Bytes *p, V *q, F *scale, F *min) {
     *scale = load_half(p, 0);
     load_words(p, 2, v);
     load_words(p, 18, v + 4);
-#pragma GCC unroll 8
+    UNROLL
     for (int j = 0; j < 8; j++) {
         q[2 * j * NV] = (V)((H)(v[j] << 8) >> 8);
         q[(2 * j + 1) * NV] = (V)((H)v[j] >> 8);
@@ -233,7 +240,7 @@ INLINE void q2_k(const Bytes *p, V *q, F *scale, F *min) {
         load_words(p, 16 + 32 * half, v);
         load_words(p, 32 + 32 * half, v + 4);
         for (int g = 0; g < 4; g++, q += 16 * NV)
-#pragma GCC unroll 16
+            UNROLL
             for (int s = 0; s < 16; s++) q[s * NV] = field(v[s / 2], s % 2 * 8 + 2 * g, 3);
     }
 }
@@ -254,7 +261,7 @@ INLINE void q3_k(const Bytes *p, V *q, F *scale, F *min) {
         load_words(p, 32 + 32 * half, v);
         load_words(p, 48 + 32 * half, v + 4);
         for (int g = 0; g < 4; g++, q += 16 * NV)
-#pragma GCC unroll 16
+            UNROLL
             for (int s = 0; s < 16; s++)
                 q[s * NV] = minus(field(v[s / 2], s % 2 * 8 + 2 * g, 3) |
                                   field(high[s / 2], s % 2 * 8 + 4 * half + g, 1) << 2, 4);
@@ -282,7 +289,7 @@ INLINE void q4_k(const Bytes *p, V *q, F *scale, F *min) {
         V v[8];
         load_words(p, 16 + 32 * j, v);
         load_words(p, 32 + 32 * j, v + 4);
-#pragma GCC unroll 16
+        UNROLL
         for (int s = 0; s < 16; s++) {
             q[s * NV] = field(v[s / 2], s % 2 * 8, 15);
             q[(s + 16) * NV] = field(v[s / 2], s % 2 * 8 + 4, 15);
@@ -300,7 +307,7 @@ INLINE void q5_k(const Bytes *p, V *q, F *scale, F *min) {
         V v[8];
         load_words(p, 48 + 32 * j, v);
         load_words(p, 64 + 32 * j, v + 4);
-#pragma GCC unroll 16
+        UNROLL
         for (int s = 0; s < 16; s++) {
             V low_bit = field(high[s / 2], s % 2 * 8 + 2 * j, 1) << 4;
             V high_bit = field(high[s / 2], s % 2 * 8 + 2 * j + 1, 1) << 4;
@@ -323,7 +330,7 @@ INLINE void q6_k(const Bytes *p, V *q, F *scale, F *min) {
         load_words(p, 128 + 32 * half, high);
         load_words(p, 144 + 32 * half, high + 4);
         for (int g = 0; g < 4; g++, q += 16 * NV)
-#pragma GCC unroll 16
+            UNROLL
             for (int s = 0; s < 16; s++)
                 q[s * NV] = minus(field(v[g % 2 * 8 + s / 2], s % 2 * 8 + g / 2 * 4, 15) |
                                   field(high[s / 2], s % 2 * 8 + 2 * g, 3) << 4, 32);

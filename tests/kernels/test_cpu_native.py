@@ -1,5 +1,6 @@
 """The native CPU library: compiling, caching, threads, and doing without."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from squall.kernels.native import build as native
 from squall.kernels.quant import cpu_native
 from squall.kernels.quant.base import QuantFormat, gguf_formats
 
@@ -99,7 +101,7 @@ def test_the_cached_library_is_used(cache: Path, monkeypatch: pytest.MonkeyPatch
     before = [(path, path.stat().st_mtime_ns) for path in libraries(cache)]
     monkeypatch.setenv("SQUALL_CACHE", str(cache))
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(cpu_native, "_build", lambda *a: pytest.fail("compiled again"))
+    monkeypatch.setattr(native, "_build", lambda *a: pytest.fail("compiled again"))
     cpu_native._load()
     assert [(path, path.stat().st_mtime_ns) for path in libraries(cache)] == before
 
@@ -118,27 +120,28 @@ def test_a_damaged_library_is_built_again(
     monkeypatch.delenv("CC", raising=False)
     built: list[Path] = []
 
-    def build(compiler: object, folder: Path, key: str) -> Path:
+    def build(compiler: object, source: Path, folder: Path, key: str) -> Path:
         assert not bad.exists()
         built.append(Path(shutil.copy(good, folder)))
         return built[0]
 
-    monkeypatch.setattr(cpu_native, "_build", build)
+    monkeypatch.setattr(native, "_build", build)
     library = cpu_native._load()
     assert library.squall_block_bytes(3) == 20
     assert libraries(tmp_path) == built
 
 
-def test_changed_sources_and_compilers_have_other_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = cpu_native._Compiler(("cc",), ("-O3",), b"#define __VERSION__ 1")
+def test_changed_sources_and_compilers_have_other_names() -> None:
+    one = native._Compiler(("cc",), ("-O3",), b"#define __VERSION__ 1")
     others = [
-        cpu_native._Compiler(("gcc",), ("-O3",), b"#define __VERSION__ 1"),
-        cpu_native._Compiler(("cc",), ("-O2",), b"#define __VERSION__ 1"),
-        cpu_native._Compiler(("cc",), ("-O3",), b"#define __VERSION__ 2"),
+        native._Compiler(("gcc",), ("-O3",), b"#define __VERSION__ 1"),
+        native._Compiler(("cc",), ("-O2",), b"#define __VERSION__ 1"),
+        native._Compiler(("cc",), ("-O3",), b"#define __VERSION__ 2"),
     ]
-    keys = {compiler.key() for compiler in (one, *others)}
-    monkeypatch.setattr(cpu_native, "_SOURCES", (Path(__file__),))
-    assert len(keys | {one.key()}) == 5
+    keys = {compiler.key(cpu_native._SOURCES) for compiler in (one, *others)}
+    keys.add(one.key((Path(__file__),)))
+    keys.add(one.key(cpu_native._SOURCES[:1]))  # a header is a source too
+    assert len(keys) == 6
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs Linux's /proc")
@@ -159,16 +162,16 @@ def test_a_compiler_that_does_not_work(tmp_path: Path, monkeypatch: pytest.Monke
     compiler = tmp_path / "odd cc"
     monkeypatch.setenv("SQUALL_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", f"'{compiler}' --quick")
-    with pytest.raises(cpu_native._Unavailable, match=r"\$CC names '.*odd cc', which is not in"):
+    with pytest.raises(native.Unavailable, match=r"\$CC names '.*odd cc', which is not in"):
         cpu_native._load()
     compiler.write_text("#!/bin/sh\necho note >&2\necho 'fatal error: broken' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    with pytest.raises(cpu_native._Unavailable) as caught:
+    with pytest.raises(native.Unavailable) as caught:
         cpu_native._load()
     assert str(caught.value) == f"'{compiler}' --quick does not work: fatal error: broken"
     works_once = 'case "$*" in *-dM*) exit 0;; esac'
     compiler.write_text(f"#!/bin/sh\n{works_once}\necho 'x.c:1: error: no' >&2\nexit 1\n")
-    with pytest.raises(cpu_native._Unavailable) as caught:
+    with pytest.raises(native.Unavailable) as caught:
         cpu_native._load()
     assert str(caught.value) == f"'{compiler}' --quick cannot compile cpu_quant.c: x.c:1: error: no"
     assert libraries(tmp_path) == []
@@ -183,20 +186,23 @@ def test_a_folder_that_cannot_be_written(
     monkeypatch.delenv("CC", raising=False)
     (good,) = libraries(cache)
 
-    def build(compiler: object, folder: Path, key: str) -> Path:
+    def build(compiler: object, source: Path, folder: Path, key: str) -> Path:
         return Path(shutil.copy(good, folder))
 
-    monkeypatch.setattr(cpu_native, "_build", build)
+    monkeypatch.setattr(native, "_build", build)
     assert cpu_native._load().squall_block_bytes(3) == 20
 
 
 @pytest.fixture(scope="module")
 def portable(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Operators:
     """The operators built for the oldest machine of this kind: no AVX2, plain C."""
-    found = cpu_native._find_compiler()
-    compiler = cpu_native._Compiler(found.command, cpu_native._FLAGS, b"")
-    path = cpu_native._build(compiler, tmp_path_factory.mktemp("portable"), "portable")
-    library = cpu_native._declare(cpu_native.ctypes.CDLL(str(path)))
+    found = native._find_compiler(cpu_native._FLAGS)
+    flags = tuple(flag for flag in found.flags if "native" not in flag)
+    assert len(flags) < len(found.flags)
+    compiler = native._Compiler(found.command, flags, b"")
+    folder = tmp_path_factory.mktemp("portable")
+    path = native._build(compiler, cpu_native._SOURCES[0], folder, "portable")
+    library = cpu_native._declare(ctypes.CDLL(str(path)))
     return cpu_native._matmul(library, None), cpu_native._dequantize(library)
 
 

@@ -27,7 +27,7 @@ def naive_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
 
 
 def naive_add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Tensor, ...]:
-    total = (x.double() + residual.double()).to(x.dtype)
+    total = (x.double() + residual.double()).to(residual.dtype)
     return (*naive_rms_norm(total, w, eps), total)
 
 
@@ -129,8 +129,9 @@ def test_op_and_reference_match_the_formula(case: Case, dtype: torch.dtype, chec
 @pytest.mark.parametrize("case", [c for c in all_cases() if c.interpret], ids=lambda c: c.name)
 def test_results_have_the_dtype_and_are_dense(case: Case) -> None:
     args = case.build(torch.float16, CPU)
+    kept = {arg.dtype for arg in args if isinstance(arg, Tensor)}  # the float32 residual stream
     for got in results(case, case.op, args)[: None if not case.mutates else 0]:
-        assert got.dtype == torch.float16
+        assert got.dtype == torch.float16 or ("add_rms_norm" in case.name and got.dtype in kept)
         assert got.is_contiguous()
 
 
