@@ -3,9 +3,9 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from typing import TYPE_CHECKING, TypeVar
 
+import squall
 from squall.server.backend import Backend
 from squall.server.errors import ApiError, unavailable
 
@@ -29,7 +29,7 @@ class ServerState:
         self.backend: Backend | None = None  # None while the model is loading
         self.draining = False
         self.running: set[Generations] = set()
-        self.version = version("squall")
+        self.version = squall.__version__
         self._threads = ThreadPoolExecutor(TEXT_THREADS, "squall-text")
 
     def health(self) -> ApiError | None:
