@@ -29,6 +29,13 @@ from squall.models.decoder import Decoder
 from squall.models.registry import read_config
 from squall.models.rope import check_rope
 
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
 
 @dataclass(frozen=True)
 class TextAssets:
@@ -105,15 +112,25 @@ class Checkpoint:
 
     def format(self) -> str:
         """The commonest weight type and the container: ``"Q4_1 GGUF"``, ``"BF16 safetensors"``."""
-        counts: Counter[str] = Counter()
+        kind = "GGUF" if self._gguf is not None else "safetensors"
+        return f"{self._commonest_type()} {kind}"
+
+    def stores_f16(self) -> bool:
+        """Whether most weights are float16, or quantised with float16 scales."""
+        return self._commonest_type() not in ("BF16", "F32", "F64")
+
+    def _commonest_type(self) -> str:
+        """The type most bytes of the file have, as its format spells it."""
+        sizes: Counter[str] = Counter()
         if self._gguf is not None:
             for tensor in self._gguf.tensors.values():
-                counts[tensor.format.name] += tensor.nbytes
-            return f"{counts.most_common(1)[0][0]} GGUF"
-        folder = SafetensorsFolder.open(self.files.paths)
-        for name in folder.names():
-            counts[str(folder.dtype(name)).removeprefix("torch.")] += 1
-        return f"{counts.most_common(1)[0][0]} safetensors"
+                sizes[tensor.format.name] += tensor.nbytes
+        else:
+            folder = SafetensorsFolder.open(self.files.paths)
+            for name in folder.names():
+                info = folder.info(name)
+                sizes[_DTYPE_NAMES.get(info.dtype, str(info.dtype))] += info.end - info.begin
+        return sizes.most_common(1)[0][0]
 
     def _reader(self) -> ConfigReader:
         if self._gguf is not None:

@@ -71,6 +71,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
+    wide_range: bool = False  # activations are known to leave float16's range
 
     @property
     def num_layers(self) -> int:

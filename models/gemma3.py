@@ -41,4 +41,5 @@ def read_config(reader: ConfigReader) -> DecoderConfig:
         embedding_scale=heads["hidden_size"] ** 0.5,
         attention_softcap=reader.get_float("attn_logit_softcapping", None) or 0.0,
         logit_softcap=reader.get_float("final_logit_softcapping", None) or 0.0,
+        wide_range=True,
     )

@@ -20,6 +20,6 @@ def read_qwen_layers(reader: ConfigReader) -> tuple[LayerConfig, ...]:
 
 
 def read_config(reader: ConfigReader) -> DecoderConfig:
-    return replace(
-        llama.read_config(reader), qkv_bias=True, o_bias=False, layers=read_qwen_layers(reader)
-    )
+    config = llama.read_config(reader)
+    layers = read_qwen_layers(reader)
+    return replace(config, qkv_bias=True, o_bias=False, layers=layers, wide_range=True)

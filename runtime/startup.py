@@ -35,13 +35,20 @@ from squall.runtime.scheduler import Limits
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
-def model_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype ``name`` (a key of ``DTYPES`` or "auto") means on ``device``."""
-    if name == "auto":
-        return backend_of(device).default_dtype(device)
-    if name not in DTYPES:
+def model_dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype ``name`` (a key of ``DTYPES`` or "auto") means on ``device``.
+
+    "auto" is the device's own choice, but float16 instead of bfloat16 where the file's numbers
+    are float16 (GGUF blocks have float16 scales) and the architecture keeps within its range:
+    three more bits.
+    """
+    if name != "auto" and name not in DTYPES:
         raise OptionError(f"dtype {name!r} is not known; accepted: auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
+    if name != "auto":
+        return DTYPES[name]
+    chosen = backend_of(device).default_dtype(device)
+    narrow = checkpoint.stores_f16() and not checkpoint.config().wide_range
+    return torch.float16 if chosen == torch.bfloat16 and narrow else chosen
 
 
 def find_model(options: EngineOptions, progress: Progress) -> ModelFiles:
@@ -110,8 +117,8 @@ def _build(
 ) -> tuple[Engine, ModelCard]:
     check_options(options)
     device = resolve_device(options.device)
-    dtype = model_dtype(options.dtype, device)
     config = checkpoint.config()
+    dtype = model_dtype(options.dtype, device, checkpoint)
     check_length(options, config.max_position)
     longest = options.max_seq_len or config.max_position
     model = checkpoint.decoder(device, dtype, longest, progress)

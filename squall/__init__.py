@@ -8,7 +8,14 @@ The public Python API::
     print(llm.generate("Hello", SamplingParams(max_tokens=16))[0].text)
 """
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+if "torch" not in sys.modules:
+    # GCC's OpenMP threads spin for milliseconds before they sleep. On a busy machine they spin
+    # against the very work they wait for: a decode step took ten times as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 if TYPE_CHECKING:
     from squall.llm import LLM

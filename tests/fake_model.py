@@ -5,6 +5,7 @@ that need a process of its own are quick.
 """
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -105,4 +106,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # a test run in the background ignores SIGINT, and its children inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

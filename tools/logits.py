@@ -92,7 +92,7 @@ def main() -> int:
         bad = [i for i in args.ids if not 0 <= i < vocab]
         if bad:
             raise ModelLoadError(f"--ids: {bad[0]} is not in 0..{vocab - 1}")
-        dtype = model_dtype(args.dtype, device)
+        dtype = model_dtype(args.dtype, device, checkpoint)
         model = checkpoint.decoder(device, dtype, len(args.ids), NoProgress())
     except (ModelLoadError, DeviceError) as error:
         print(error, file=sys.stderr)

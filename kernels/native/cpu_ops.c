@@ -227,70 +227,115 @@ typedef struct {
     float scale, softcap;
 } Decode;
 
-static inline float dot(const float *a, const float *b, int64_t n)
+#define INLINE static inline __attribute__((always_inline))
+#define WIDE 8 /* floats the compiler keeps in one vector register, or in two */
+typedef float Vec __attribute__((vector_size(4 * WIDE)));
+
+INLINE Vec load(const float *p)
 {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++)
-        sum += a[i] * b[i];
-    return sum;
+    Vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
 }
 
-/* One kv head of one sequence: scores of its group of query heads, softmax, weighted values. */
-static void decode_head(const Decode *a, int64_t s, int64_t kv, float *scores)
+INLINE float total(Vec v)
 {
-    const int64_t group = a->heads / a->kv_heads, dim = a->dim, context = a->contexts[s];
-    const int64_t first = a->window && context > a->window ? context - a->window : 0;
-    const int64_t count = context - first;
-    const int32_t *table = a->tables + s * a->table_stride;
-    float *out = a->out + (s * a->heads + kv * group) * dim;
-    memset(out, 0, (size_t)(group * dim) * sizeof(float));
+    return (v[0] + v[4]) + (v[1] + v[5]) + ((v[2] + v[6]) + (v[3] + v[7]));
+}
+
+static inline int64_t row_of(const Decode *a, const int32_t *table, int64_t at, int64_t kv)
+{
+    const int64_t size = a->block_size;
+    return (((int64_t)table[at / size] * size + at % size) * a->kv_heads + kv) * a->dim;
+}
+
+/* scores[j] = scale * q . key j for the keys from `first` on. `dim` is a constant where inlined. */
+INLINE void score_keys(const Decode *a, const int32_t *table, const float *q, int64_t kv,
+                       int64_t first, int64_t count, float *scores, int64_t dim)
+{
     for (int64_t j = 0; j < count; j++) {
-        int64_t at = first + j;
-        int64_t slot = (int64_t)table[at / a->block_size] * a->block_size + at % a->block_size;
-        const float *key = a->k_cache + (slot * a->kv_heads + kv) * dim;
-        for (int64_t g = 0; g < group; g++) {
-            const float *q = a->q + s * a->token_stride + (kv * group + g) * a->head_stride;
-            float score = dot(q, key, dim) * a->scale;
-            if (a->softcap > 0.0f)
-                score = a->softcap * tanhf(score / a->softcap);
-            scores[g * a->room + j] = score;
+        const float *key = a->k_cache + row_of(a, table, first + j, kv);
+        Vec low = {0}, high = {0};
+        int64_t i = 0;
+        for (; i + 2 * WIDE <= dim; i += 2 * WIDE) {
+            low += load(q + i) * load(key + i);
+            high += load(q + i + WIDE) * load(key + i + WIDE);
         }
+        float score = total(low + high);
+        for (; i < dim; i++)
+            score += q[i] * key[i];
+        scores[j] = score * a->scale;
     }
-    for (int64_t g = 0; g < group; g++) {
-        float *row = scores + g * a->room, top = -INFINITY, sum = 0.0f;
-        for (int64_t j = 0; j < count; j++)
-            top = row[j] > top ? row[j] : top;
-#pragma omp simd reduction(+ : sum)
+}
+
+/* out = sum over j of weights[j] * value j, 64 elements at a time in registers. */
+INLINE void mix_values(const Decode *a, const int32_t *table, const float *weights, int64_t kv,
+                       int64_t first, int64_t count, float *out, int64_t dim)
+{
+    int64_t i = 0;
+    for (; i + 8 * WIDE <= dim; i += 8 * WIDE) {
+        Vec sum[8] = {{0}};
         for (int64_t j = 0; j < count; j++) {
-            row[j] = exp_fast(row[j] - top);
-            sum += row[j];
+            const float *value = a->v_cache + row_of(a, table, first + j, kv) + i;
+#pragma GCC unroll 8
+            for (int n = 0; n < 8; n++)
+                sum[n] += weights[j] * load(value + n * WIDE);
         }
-        const float share = 1.0f / sum;
-#pragma omp simd
+        memcpy(out + i, sum, sizeof sum);
+    }
+    for (; i < dim; i++) {
+        float sum = 0.0f;
         for (int64_t j = 0; j < count; j++)
-            row[j] *= share;
+            sum += weights[j] * a->v_cache[row_of(a, table, first + j, kv) + i];
+        out[i] = sum;
     }
+}
+
+static void softmax(float *row, int64_t count, float softcap)
+{
+    float top = -INFINITY, sum = 0.0f;
     for (int64_t j = 0; j < count; j++) {
-        int64_t at = first + j;
-        int64_t slot = (int64_t)table[at / a->block_size] * a->block_size + at % a->block_size;
-        const float *value = a->v_cache + (slot * a->kv_heads + kv) * dim;
-        for (int64_t g = 0; g < group; g++) {
-            const float weight = scores[g * a->room + j];
-            float *to = out + g * dim;
-#pragma omp simd
-            for (int64_t i = 0; i < dim; i++)
-                to[i] += weight * value[i];
-        }
+        if (softcap > 0.0f)
+            row[j] = softcap * tanhf(row[j] / softcap);
+        top = row[j] > top ? row[j] : top;
     }
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < count; j++) {
+        row[j] = exp_fast(row[j] - top);
+        sum += row[j];
+    }
+    const float share = 1.0f / sum;
+#pragma omp simd
+    for (int64_t j = 0; j < count; j++)
+        row[j] *= share;
+}
+
+/* One query head of one sequence: scores, softmax, weighted values. */
+INLINE void decode_head(const Decode *a, int64_t s, int64_t head, float *scores, int64_t dim)
+{
+    const int64_t kv = head / (a->heads / a->kv_heads), context = a->contexts[s];
+    const int64_t first = a->window && context > a->window ? context - a->window : 0;
+    const int32_t *table = a->tables + s * a->table_stride;
+    const float *q = a->q + s * a->token_stride + head * a->head_stride;
+    score_keys(a, table, q, kv, first, context - first, scores, dim);
+    softmax(scores, context - first, a->softcap);
+    mix_values(a, table, scores, kv, first, context - first,
+               a->out + (s * a->heads + head) * dim, dim);
 }
 
 static void decode_heads(const void *data, int64_t begin, int64_t end)
 {
     const Decode *a = data;
-    const int64_t group = a->heads / a->kv_heads;
-    for (int64_t i = begin; i < end; i++) /* each (sequence, kv head) has its own scores */
-        decode_head(a, i / a->kv_heads, i % a->kv_heads, a->scores + i * group * a->room);
+    for (int64_t i = begin; i < end; i++) { /* each (sequence, head) has its own scores */
+        float *scores = a->scores + i * a->room;
+        const int64_t s = i / a->heads, head = i % a->heads;
+        switch (a->dim) { /* the common sizes with their loops unrolled */
+        case 64: decode_head(a, s, head, scores, 64); break;
+        case 128: decode_head(a, s, head, scores, 128); break;
+        case 256: decode_head(a, s, head, scores, 256); break;
+        default: decode_head(a, s, head, scores, a->dim);
+        }
+    }
 }
 
 /* q [seqs, heads, dim] by its strides; caches [blocks, block_size, kv_heads, dim] dense; tables
@@ -309,8 +354,8 @@ int squall_decode_attention(void *parallel, int threads, const float *q, const f
     Decode args = {q, k_cache, v_cache, tables, contexts, out, scores, heads, kv_heads, dim,
                    block_size, table_stride, token_stride, head_stride, longest, window, scale,
                    softcap};
-    int64_t work = heads / kv_heads * dim * longest; /* multiplications of a kv head, about */
-    run((parallel_fn)parallel, threads, seqs * kv_heads, 1 + 16384 / work, decode_heads, &args);
+    int64_t work = 2 * dim * longest; /* multiplications of a head */
+    run((parallel_fn)parallel, threads, seqs * heads, 1 + 524288 / work, decode_heads, &args);
     free(scores);
     return 0;
 }

@@ -27,7 +27,8 @@ from squall.kernels.quant.matmul import (
     row_weights,
 )
 
-_SOURCES = tuple(Path(__file__).with_name(n) for n in ("cpu_quant.c", "cpu_quant_formats.h"))
+_FILES = ("cpu_quant.c", "cpu_quant_formats.h", "cpu_quant_single.h")
+_SOURCES = tuple(Path(__file__).with_name(n) for n in _FILES)
 _FLAGS = ("-ffp-contract=off", "-fno-strict-aliasing")
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NO_MEMORY, _NO_ROW = 1, 3

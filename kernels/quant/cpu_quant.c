@@ -84,7 +84,9 @@ typedef struct {
     F scale[CHUNK / 16 * NV], min[CHUNK / 16 * NV];
 } Panel;
 
-typedef struct {
+typedef struct Job Job;
+typedef void (*Single)(const Job *, int64_t, float *);
+struct Job {
     const Format *format;
     const void *x;
     Bytes w;
@@ -96,7 +98,9 @@ typedef struct {
     int16_t *xq; /* [M, K], in the order of a format's steps */
     float *xs;   /* [M, K / 32] scales */
     float *sums; /* [M, K / group] of the rounded values */
-} Job;
+    Single single;    /* for M = 1 where this machine has one for the format */
+    int16_t *natural; /* [K]: then, the activations in their natural order */
+};
 
 /* ---- activations --------------------------------------------------------------------------- */
 
@@ -168,6 +172,7 @@ static void quantize_row(const Job *j, int64_t m) {
             r[i] = (int16_t)(float_bits(v[i] * inverse + 0x1.8p23f) & 0xffff);
         for (int i = 0; i < 32; i += 4)
             q[i] = r[i], q[i + 1] = r[i + 2], q[i + 2] = r[i + 1], q[i + 3] = r[i + 3];
+        if (j->single) memcpy(j->natural + 32 * b, r, sizeof r);
         int32_t low = 0, high = 0;
         for (int i = 0; i < 16; i++) low += r[i], high += r[i + 16];
         j->xs[m * (j->K / 32) + b] = scale;
@@ -175,6 +180,15 @@ static void quantize_row(const Job *j, int64_t m) {
         if (j->format->group == 32) *sums++ = scale * (float)(low + high);
     }
 }
+
+#if LANES == 8 && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "cpu_quant_single.h"
+#else
+static Single find_single(int type) {
+    (void)type;
+    return NULL;
+}
+#endif
 
 /* ---- the product --------------------------------------------------------------------------- */
 
@@ -233,6 +247,13 @@ DEFINE_TILES(32)
 /* y[m:end, n:n+PANEL]. Rows past the last one repeat it. */
 static void multiply_panel(const Job *j, int64_t n, int64_t m, int64_t end) {
     const Format *f = j->format;
+    if (j->single) {
+        float y[PANEL];
+        for (int r = 0; r < PANEL; r += 8) j->single(j, n + r, y + r);
+        for (int64_t r = 0; r < PANEL && n + r < j->N; r++)
+            store_float(j->y, j->type, n + r, y[r]);
+        return;
+    }
     Panel panel;
     F sum[BLOCK_M * NV];
     Bytes rows[PANEL];
@@ -296,12 +317,14 @@ int squall_quant_matmul(Parallel parallel, int format, const void *x, int type, 
     const Format *f = find_format(format, K);
     if (!f) return 2;
     size_t count = (size_t)(M * K);
-    char *memory = malloc(count * 2 + (count / 32 + count / (size_t)f->group) * sizeof(float));
+    char *memory = malloc(count * 4 + (count / 32 + count / (size_t)f->group) * sizeof(float));
     if (!memory) return 1;
-    float *xs = (float *)(memory + count * 2);
+    float *xs = (float *)(memory + count * 4);
     Job job = {.format = f, .x = x, .w = w, .y = y, .M = M, .N = N, .K = K, .stride = stride,
                .type = (FloatType)type, .xq = (int16_t *)memory, .xs = xs,
                .sums = xs + count / 32,
+               .single = M == 1 ? find_single(format) : NULL,
+               .natural = (int16_t *)memory + count,
                .threads = parallel && M * K * N > SERIAL_XW ? threads : 1};
     if (job.threads > 1) {
         if (M * K > SERIAL_X) parallel(quantize, &job, (unsigned)threads, 0);

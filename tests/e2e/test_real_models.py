@@ -1,8 +1,8 @@
 """The demo model and Gemma-3-270M, end to end, beside what llama.cpp answers.
 
 ``data/llama_cpp_greedy.json`` holds llama.cpp's greedy tokens (llama-cpp-python 0.3.36, CPU). It
-quantises activations to 8 bits, which we do not, so texts part sooner or later; the first tokens
-must agree on most prompts.
+quantises activations to 8 bits, which we do not, so texts part sooner or later: on most prompts
+behind the first tokens, and never but where our two best tokens are close.
 """
 
 import json
@@ -16,9 +16,9 @@ from squall.loaders.tokenizer import Tokenizer
 from squall.tools.fixtures import demo, gemma_model
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "llama_cpp_greedy.json").read_text())
-FIRST = 8  # tokens that must agree ...
-SHARE = 0.75  # ... on this share of the prompts
-GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+FIRST = 8  # tokens that must agree on most prompts
+NEAR_TIE = 0.3  # nats between the two best
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24, logprobs=2)
 
 
 @pytest.fixture(scope="module", params=["SmolLM2-135M-Instruct.Q4_1", "gemma-3-270m-q4_k_m"])
@@ -47,10 +47,15 @@ def test_first_tokens_equal_llama_cpp(model: tuple[str, LLM]) -> None:
     outputs = llm.generate(texts, GREEDY)
     same = 0
     for row, output in zip(GOLDEN[name], outputs, strict=True):
-        found = output.completions[0].token_ids
+        (completion,) = output.completions
         wanted = [i for i in row["greedy_ids"] if i not in llm.frontend.tokenizer.eos_ids]
-        same += found[:FIRST] == wanted[:FIRST]
-    assert same >= SHARE * len(outputs), f"{same} of {len(outputs)}"
+        pairs = enumerate(zip(completion.token_ids, wanted, strict=False))
+        part = next((i for i, (ours, theirs) in pairs if ours != theirs), FIRST)
+        same += part >= FIRST
+        if part < len(completion.logprobs) and completion.token_ids[part] != wanted[part]:
+            best, second = completion.logprobs[part].top
+            assert best.logprob - second.logprob < NEAR_TIE, (row["prompt"], part)
+    assert 2 * same > len(outputs), f"{same} of {len(outputs)}"
 
 
 def test_together_equals_alone(model: tuple[str, LLM]) -> None:
