@@ -64,7 +64,7 @@ class CpuOps:
         dim = weight.shape[0]
         if x.dtype != _f32 or x.stride(-1) != 1 or not 2 <= x.ndim <= 3:
             return rms_norm_reference(x, weight, eps)
-        out = torch.empty(x.shape, dtype=_f32)
+        out = x.new_empty(x.shape)
         inner = x.shape[1] if x.ndim == 3 else 1
         self._norm(
             self._parallel, _threads(), x.data_ptr(), None, weight.data_ptr(), out.data_ptr(),
@@ -77,7 +77,7 @@ class CpuOps:
     ) -> tuple[Tensor, Tensor]:
         if x.dtype != _f32 or x.stride(-1) != 1 or not residual.is_contiguous():
             return add_rms_norm_reference(x, residual, weight, eps)
-        out, total = torch.empty(x.shape, dtype=_f32), torch.empty(x.shape, dtype=_f32)
+        out, total = torch.empty_like(residual), torch.empty_like(residual)
         rows, dim = x.shape
         self._norm(
             self._parallel, _threads(), x.data_ptr(), residual.data_ptr(), weight.data_ptr(),
@@ -91,7 +91,7 @@ class CpuOps:
         dense = q.stride(-1) == k.stride(-1) == 1 and positions.is_contiguous()
         if q.dtype != _f32 or k.dtype != _f32 or not dense:
             return apply_rope_reference(q, k, positions, cos_sin)
-        outs = torch.empty(q.shape, dtype=_f32), torch.empty(k.shape, dtype=_f32)
+        outs = q.new_empty(q.shape), k.new_empty(k.shape)
         for x, out in zip((q, k), outs, strict=True):
             tokens, heads, dim = x.shape
             self._rope(
@@ -136,7 +136,7 @@ class CpuOps:
         """``paged_attention`` for one query token a sequence, all tensors float32."""
         seqs, heads, dim = q.shape
         block_size, kv_heads = k_cache.shape[1:3]
-        out = torch.empty(q.shape, dtype=_f32)
+        out = q.new_empty(q.shape)
         status = self._decode(
             self._parallel, _threads(), q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
             block_tables.data_ptr(), context_lens.data_ptr(), out.data_ptr(), seqs, heads,
@@ -149,7 +149,7 @@ class CpuOps:
 
     def _act(self, x: Tensor, gelu: int) -> Tensor:
         rows, width = x.shape[0], x.shape[1] // 2
-        out = torch.empty((rows, width), dtype=_f32)
+        out = x.new_empty((rows, width))
         self._gated(self._parallel, _threads(), gelu, x.data_ptr(), out.data_ptr(), rows, width)
         return out
 
