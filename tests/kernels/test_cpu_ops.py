@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from squall.kernels.attention.paged import paged_attention, paged_attention_reference
 from squall.kernels.backends import cpu
 from squall.kernels.cases import Case, all_cases, results
