@@ -1,0 +1,129 @@
+"""``Checkpoint`` on folders that do not hold together: one line each, with what and where."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from squall.loaders.errors import ModelLoadError
+from squall.loaders.hub import resolve
+from squall.loaders.load import Checkpoint
+from squall.loaders.progress import NoProgress
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    "rms_norm_eps": 1e-5,
+}
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+def tensors() -> dict[str, Tensor]:
+    shapes = {
+        "model.embed_tokens": (11, 8),
+        "model.norm": (8,),
+        "lm_head": (11, 8),
+        "model.layers.0.input_layernorm": (8,),
+        "model.layers.0.post_attention_layernorm": (8,),
+        "model.layers.0.self_attn.q_proj": (8, 8),
+        "model.layers.0.self_attn.k_proj": (4, 8),
+        "model.layers.0.self_attn.v_proj": (4, 8),
+        "model.layers.0.self_attn.o_proj": (8, 8),
+        "model.layers.0.mlp.gate_proj": (12, 8),
+        "model.layers.0.mlp.up_proj": (12, 8),
+        "model.layers.0.mlp.down_proj": (8, 12),
+    }
+    return {f"{name}.weight": torch.randn(shape) for name, shape in shapes.items()}
+
+
+def write(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> Checkpoint:
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(weights, folder / "model.safetensors")
+    return Checkpoint(resolve(str(folder)))
+
+
+def load(checkpoint: Checkpoint) -> None:
+    checkpoint.decoder(torch.device("cpu"), torch.float32, 32, NoProgress())
+
+
+def test_the_whole_folder_loads(tmp_path: Path) -> None:
+    weights = tensors()
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(2)  # of older exporters
+    checkpoint = write(tmp_path, CONFIG, weights)
+    load(checkpoint)
+    assert checkpoint.format() == "F32 safetensors"
+    assert not checkpoint.stores_f16()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda w: w.update({Q_PROJ: torch.ones(8, 7)}), "has shape [8, 7], expected [8, 8]"),
+        (lambda w: w.pop(Q_PROJ), f"tensor {Q_PROJ} is missing"),
+        (lambda w: w.update(extra=torch.ones(1)), "the architecture does not use extra"),
+        (lambda w: w.update({Q_PROJ: torch.ones(8, 8, dtype=torch.int8)}), "torch.int8, accepted"),
+    ],
+    ids=["shape", "missing", "left over", "dtype"],
+)
+def test_weights_that_do_not_fit(
+    tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    weights = tensors()
+    edit(weights)
+    with pytest.raises(ModelLoadError, match=re.escape(message)) as error:
+        load(write(tmp_path, CONFIG, weights))
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["LlamaForCausalLN"]}, "nearest: LlamaForCausalLM; supported: Gemma3"),
+        ({"architectures": ["A", "B"]}, "exactly one entry"),
+        ({"num_key_value_heads": 3}, "3 does not divide 2 heads"),
+        ({"hidden_act": "relu6"}, "'relu6' is not known; accepted: silu"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"rope_scaling": {"rope_type": "spiral"}}, "'spiral' is not supported; supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised safetensors are not"),
+        ({"layer_types": ["full_attention"] * 2}, "2 entries for 1 layers"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_configs_that_make_no_sense(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelLoadError, match=re.escape(message)) as error:
+        load(write(tmp_path, {**CONFIG, **changes}, tensors()))
+    assert "config.json" in str(error.value)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path, CONFIG, tensors())
+    with pytest.raises(ModelLoadError, match=r"tokenizer\.json"):
+        checkpoint.text()
+
+
+def test_a_broken_template_is_told_when_a_chat_needs_it(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    checkpoint = write(tmp_path, CONFIG, tensors())
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    (tmp_path / "chat_template.jinja").write_text("line one\n{% for %}")
+    assets = checkpoint.text()
+    assert isinstance(assets.template, Exception)
+    assert "line 2" in str(assets.template)
