@@ -161,6 +161,8 @@ def run_loop(
             events = engine.step()
             if events:
                 emit(events)
+            if engine.idle:
+                engine.sampler.release()
 
 
 def probe_batch(tokens: int, seqs: int, block_size: int, device: torch.device) -> Batch:

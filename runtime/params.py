@@ -197,11 +197,11 @@ def _strings(param: str, values: tuple[str, ...], most: int, chars: int) -> None
     what = f"non-empty strings of at most {chars} characters"
     _sized(param, values, most, what)
     for text in values:
-        if not isinstance(text, str) or not 0 < len(text) <= chars or not _is_unicode(text):
+        if not isinstance(text, str) or not 0 < len(text) <= chars or not is_unicode(text):
             raise ParamError(param, f"{param} holds {_show(text)}, expected at most {most} {what}")
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether the text can be written as UTF-8 (it holds no lone surrogate)."""
     try:
         text.encode()

@@ -15,7 +15,7 @@ from squall.kernels.cache import cache_dir
 from squall.llm import GenerationError
 from squall.loaders.chat_template import TemplateError
 from squall.runtime.frontend import EmptyPrompt, PromptTooLong, QueueFull
-from squall.runtime.params import ParamError, SamplingParams
+from squall.runtime.params import ParamError, SamplingParams, is_unicode
 
 HISTORY_LINES: Final = 1000
 _HELP: Final = r"""\help        this list
@@ -83,7 +83,7 @@ class _Session:
 
     def take(self, line: str) -> None:
         """Follow a command, or answer a message."""
-        if not _is_unicode(line):
+        if not is_unicode(line):
             self._say("what you typed is not valid UTF-8")
         elif line.startswith("\\"):
             self._command(line)
@@ -162,15 +162,6 @@ class _Session:
 def _write(text: str) -> None:
     sys.stdout.write(printable(text))
     sys.stdout.flush()
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether the terminal sent valid UTF-8 (else Python makes lone surrogates of it)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 @contextlib.contextmanager
