@@ -2,53 +2,87 @@
 
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import triton
 
+from squall.kernels.backends.device import backend_of
 from squall.models.config import DecoderConfig
+from squall.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
 class Ceilings:
     """Measured once per run."""
 
-    read_bytes_s: float  # reading device memory
+    read_bytes_s: float  # reading device memory (summing it up)
+    copy_bytes_s: float  # copying it, bytes read and bytes written
     matmul_flops_s: float  # a large matrix product in the model's dtype
+
+    @property
+    def memory_bytes_s(self) -> float:
+        return max(self.read_bytes_s, self.copy_bytes_s)
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Best of a few large reads and matrix products on random data."""
-    on_gpu = device.type != "cpu"
-    count = (1 << 30) if on_gpu else (1 << 26)
-    data = torch.rand(count, device=device)
-    read = data.nbytes / _best_time(data.sum, device)
-    side = 8192 if on_gpu else 1536
+    """Best of a few large reads, copies and matrix products on random data."""
+    data = _large(device)
+    read = data.nbytes / best_time(data.sum, device)
+    del data
+    side = 8192 if device.type != "cpu" else 1536
     a = torch.rand(side, side, device=device).to(dtype)
-    flops = 2 * side**3 / _best_time(lambda: a @ a, device)
-    return Ceilings(read, flops)
+    flops = 2 * side**3 / best_time(lambda: a @ a, device)
+    return Ceilings(read, copy_bytes_s(device), flops)
 
 
-def decode_floor_s(
-    config: DecoderConfig, weight_bytes: int, batch: int, context: int, ceilings: Ceilings
-) -> float:
-    """Least time of one decode step: every weight and every cached token read once, or the
+def copy_bytes_s(device: torch.device) -> float:
+    """Bytes read and written a second by a large copy."""
+    data = _large(device)
+    other = torch.empty_like(data)
+    return 2 * data.nbytes / best_time(lambda: other.copy_(data), device)
+
+
+def _large(device: torch.device) -> torch.Tensor:
+    """Far more than caches hold: 2 GiB, or 256 MiB on a CPU."""
+    return torch.rand((1 << 29) if device.type != "cpu" else (1 << 26), device=device)
+
+
+def streamed_bytes(model: Decoder) -> int:
+    """Bytes of weights a decode step must read: all but an embedding that is not also the head."""
+    separate = model.head is not model.embedding
+    return model.nbytes - (model.embedding.nbytes if separate else 0)
+
+
+def decode_floor_s(model: Decoder, batch: int, context: int, ceilings: Ceilings) -> float:
+    """Least time of one decode step: every weight and every visible cached token read once, or the
     matrix products, whichever takes longer."""
-    kv = batch * context * config.kv_bytes_per_token(2 if ceilings.matmul_flops_s > 1e13 else 4)
-    memory = (weight_bytes + kv) / ceilings.read_bytes_s
+    config = model.config
+    token_layer = config.kv_bytes_per_token(model.dtype.itemsize) // config.num_layers
+    kv = batch * token_layer * sum(visible_tokens(config, context))
+    memory = (streamed_bytes(model) + kv) / ceilings.memory_bytes_s
     return max(memory, 2 * batch * matmul_weights(config) / ceilings.matmul_flops_s)
 
 
-def prefill_floor_s(config: DecoderConfig, tokens: int, ceilings: Ceilings) -> float:
-    """Least time of one prompt's matrix products and causal attention; one row of logits."""
+def prefill_floor_s(model: Decoder, tokens: int, ceilings: Ceilings) -> float:
+    """Least time of one prompt: its matrix products and causal attention with one row of logits,
+    or reading every weight once, whichever takes longer."""
+    config = model.config
     head = config.vocab_size * config.hidden_size
     linear = 2 * tokens * (matmul_weights(config) - head) + 2 * head
-    attention = 2 * tokens**2 * config.num_layers * config.num_heads * config.head_dim
-    return (linear + attention) / ceilings.matmul_flops_s
+    pairs = sum(seen * (2 * tokens - seen + 1) // 2 for seen in visible_tokens(config, tokens))
+    flops = linear + 4 * pairs * config.num_heads * config.head_dim
+    return max(flops / ceilings.matmul_flops_s, streamed_bytes(model) / ceilings.memory_bytes_s)
+
+
+def visible_tokens(config: DecoderConfig, context: int) -> list[int]:
+    """Tokens the newest token sees in each layer, ``context`` or the layer's window."""
+    return [min(context, layer.window or context) for layer in config.layers]
 
 
 def matmul_weights(config: DecoderConfig) -> int:
@@ -59,7 +93,7 @@ def matmul_weights(config: DecoderConfig) -> int:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Device and versions, as every result records them."""
+    """Device, versions, date and commit, as every result records them."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -70,7 +104,20 @@ def describe(device: torch.device) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """The commit that runs, with ``-dirty`` where files differ from it; "unknown" outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
 
 
 def resident_bytes() -> int:
@@ -81,20 +128,42 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
-def _best_time(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+class MemoryMeter:
+    """What a model and its engine take on a device, from here on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._free = 0
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            self._free = torch.cuda.mem_get_info(device)[0]
+
+    def read(self, weights: int, kv: int) -> dict[str, int]:
+        """Bytes by name. On a GPU: what the device lost since, and the allocator's peak, each less
+        weights and KV cache; on a CPU, what the process holds."""
+        found = {"weights": weights, "kv": kv}
+        if self._device.type != "cuda":
+            return found | {"resident": resident_bytes()}
+        used = self._free - torch.cuda.mem_get_info(self._device)[0]
+        peak = torch.cuda.max_memory_reserved(self._device)
+        return found | {
+            "used_beyond": used - weights - kv,
+            "reserved_peak_beyond": peak - weights - kv,
+        }
+
+
+def best_time(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
+    """Seconds of the fastest of a few calls of ``work``, each until the device is done."""
+    wait = backend_of(device).synchronize
     best = float("inf")
     for _ in range(repeats):
-        _wait(device)
+        wait(device)
         begin = time.perf_counter()
         work()
-        _wait(device)
+        wait(device)
         best = min(best, time.perf_counter() - begin)
     return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _cpu_name() -> str:

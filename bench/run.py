@@ -1,126 +1,158 @@
-"""Offline throughput: ``python bench/run.py [-m MODEL] [--batch 1,8] [--json FILE]``.
+"""Speed of the engine: ``python bench/run.py [-m MODEL | --case NAME --quant RECIPE] ...``.
 
-The method is that of the figures in ``bench/peers.json``: prompts of random token ids, greedy,
-EOS ignored. Prefill is one prompt and one new token; decode is the time of N + 1 new tokens less
-that of 1, over N. The best of ``--repeats`` counts. The floor is what the machine's measured
-memory bandwidth and matrix rate allow.
+``-m`` measures a model's files, ``--case`` random weights of a public architecture
+(``bench/cases.py``) in the types of a llama.cpp quantisation recipe (``bench/random_weights.py``).
+The method (``bench/measure.py``) is that of the other engines' figures in ``bench/peers.json``.
+The floor is what the machine's measured memory bandwidth and matrix rate allow.
 """
 
 import argparse
 import json
-import random
+import re
 import sys
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from squall.bench.machine import (
-    Ceilings,
-    decode_floor_s,
-    describe,
-    measure_ceilings,
-    prefill_floor_s,
-    resident_bytes,
-)
-from squall.loaders.progress import NoProgress
-from squall.runtime.engine import Engine
-from squall.runtime.messages import ModelCard
+from squall.bench import peers
+from squall.bench.cases import CASES
+from squall.bench.kernel_table import kernel_tables
+from squall.bench.machine import MemoryMeter, describe, measure_ceilings
+from squall.bench.measure import Bench, BenchError, Load, Row
+from squall.bench.random_weights import RECIPES
+from squall.bench.startup import measure_startup
+from squall.bench.subject import DENSE, Spec, Subject, open_subject
+from squall.kernels.backends.device import DeviceError, backend_of, resolve_device
+from squall.loaders.errors import ModelLoadError
+from squall.progress import make_progress
+from squall.runtime.memory import KVMemoryError, OptionError
 from squall.runtime.options import EngineOptions
-from squall.runtime.params import SamplingParams
-from squall.runtime.request import EngineRequest
-from squall.runtime.startup import build_engine, find_model
+from squall.runtime.startup import DTYPES
 
-PEERS = Path(__file__).with_name("peers.json")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measured figure, tokens per second over the whole batch."""
-
-    what: str  # "prefill" or "decode"
-    batch: int
-    prompt: int
-    tok_s: float
-    floor_tok_s: float
-    peers: dict[str, float]
+OFFLINE_SEQS = 256  # sequences run at the same time, unless --max-seqs says otherwise
+DEFAULTS = EngineOptions()
 
 
-def run_batch(engine: Engine, batch: int, prompt: int, new: int, seed: int = 0) -> float:
-    """Seconds from the first request to the last token of ``batch`` prompts of random ids."""
-    draw = random.Random(seed)
-    vocab = engine.model.config.vocab_size
-    params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
-    requests = [
-        EngineRequest(i, [draw.randrange(vocab) for _ in range(prompt)], params, [], [])
-        for i in range(batch)
-    ]
-    begin = time.perf_counter()
-    for request in requests:
-        failed = engine.add(request)
-        if failed is not None:
-            raise SystemExit(f"bench: {failed.error}")
-    while not engine.idle:
-        for event in engine.step():
-            if event.error:
-                raise SystemExit(f"bench: {event.error}")
-    return time.perf_counter() - begin
+def _numbers(text: str) -> list[int]:
+    if text == "none":
+        return []
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        message = f"{text!r} is neither a list like 1,8,32 nor none"
+        raise argparse.ArgumentTypeError(message) from None
+    if min(values) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers must be at least 1")
+    return values
 
 
-def measure(
-    engine: Engine, card: ModelCard, args: argparse.Namespace, ceilings: Ceilings
-) -> list[Row]:
-    """All asked-for rows."""
-    config = engine.model.config
-    rows = []
-    run_batch(engine, 1, 16, 4)
+def _positive(text: str) -> int:
+    values = _numbers(text)
+    if len(values) != 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return values[0]
+
+
+def _load(text: str) -> Load:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)\+([1-9]\d*)", text)
+    if match is None:
+        message = f"{text!r} is not REQUESTSxPROMPT+OUTPUT, such as 512x512+128"
+        raise argparse.ArgumentTypeError(message)
+    return Load(*map(int, match.groups()))
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line; ends the process with code 2 when it cannot be used."""
+    parser = argparse.ArgumentParser(prog="bench/run.py", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("-m", "--model", help="model file, folder or hub id (default: the demo model)")
+    add("-f", "--filename", help="GGUF file inside that folder or repository")
+    add("--case", choices=CASES, metavar="NAME", help=f"random weights: {', '.join(CASES)}")
+    add("--quant", choices=(DENSE, *RECIPES), default=DENSE, help="types of a case's weights")
+    add("--device", default=DEFAULTS.device)
+    add("--dtype", default=DEFAULTS.dtype)
+    add("--batch", type=_numbers, default=[1, 8], help="decode batch sizes, or none")
+    add("--prefill", type=_numbers, default=[512], help="prefill prompt lengths, or none")
+    add("--prompt-len", type=_positive, default=128, help="decode prompt length")
+    add("--output-len", type=_positive, default=128, help="decode new tokens")
+    add("--offline", type=_load, metavar="NxP+O", help="throughput of N requests of P+O tokens")
+    add("--long", type=_positive, metavar="TOKENS", help="decode one sequence of this length too")
+    add("--startup", action="store_true", help="time fresh processes up to their first token")
+    add("--profile", type=Path, metavar="FILE", help="write the time of each kernel to this file")
+    add("--repeats", type=_positive, default=3)
+    add("--max-seqs", type=_positive, help="sequences run at the same time")
+    add("--token-budget", type=_positive, default=DEFAULTS.token_budget, help="tokens of a step")
+    add("--enforce-eager", action="store_true", help="no CUDA graphs")
+    add("--peer-case", choices=peers.known_cases(), metavar="ROW", help="row of bench/peers.json")
+    add("--json", type=Path, help="write the result to this file too")
+    args = parser.parse_args(argv)
+    if args.case and (args.model or args.filename):
+        parser.error("--case makes its own weights: leave out -m and -f")
+    if args.quant != DENSE and not args.case:
+        parser.error("--quant needs a --case")
+    return args
+
+
+def make_options(args: argparse.Namespace) -> EngineOptions:
+    """Engine options for what ``args`` ask to measure: the defaults, with as many sequences as are
+    measured. On a CPU the KV cache is only as large as needed, for it takes room from the weights'
+    cached file."""
+    new = args.output_len + 1
+    loads = [Load(1, prompt, 1) for prompt in args.prefill]
+    loads += [Load(batch, args.prompt_len, new) for batch in args.batch]
+    if args.long:
+        loads += [Load(1, args.long, new), Load(1, args.prompt_len, new)]
+    if args.offline:
+        loads.append(args.offline)
+    running = args.max_seqs or max([min(load.requests, OFFLINE_SEQS) for load in loads] or [1])
+    context = None
+    if resolve_device(args.device).type == "cpu":
+        block = DEFAULTS.pa_blk_size
+        blocks = [
+            min(load.requests, running) * (-(-(load.prompt + load.output) // block) + 1)
+            for load in loads
+        ]
+        context = max([*blocks, 16]) * block
+    return EngineOptions(
+        model=args.model,
+        filename=args.filename,
+        device=args.device,
+        dtype=args.dtype,
+        max_seqs=running,
+        max_queue=max([DEFAULTS.max_queue, *(load.requests for load in loads)]),
+        token_budget=max(args.token_budget, running),
+        pa_ctxt_len=context,
+        enforce_eager=args.enforce_eager,
+    )
+
+
+def measure(bench: Bench, args: argparse.Namespace, rows: list[Row]) -> dict[str, float]:
+    """Add all asked-for rows to ``rows``; with ``--long``, returns the ratio of the long context's
+    decode speed to the short one's."""
     for prompt in args.prefill:
-        seconds = min(run_batch(engine, 1, prompt, 1, seed) for seed in range(args.repeats))
-        floor = prompt / prefill_floor_s(config, prompt, ceilings)
-        peers = _peer_figures(args.peer_case, "prefill", 1, prompt)
-        rows.append(Row("prefill", 1, prompt, prompt / seconds, floor, peers))
+        rows.append(bench.prefill(prompt))
     for batch in args.batch:
-        times = []
-        for seed in range(args.repeats):
-            first = run_batch(engine, batch, args.prompt_len, 1, seed)
-            whole = run_batch(engine, batch, args.prompt_len, args.output_len + 1, seed)
-            times.append((whole - first) / args.output_len)
-        context = args.prompt_len + args.output_len // 2
-        floor_s = decode_floor_s(config, card.weight_bytes, batch, context, ceilings)
-        peers = _peer_figures(args.peer_case, "decode", batch, args.prompt_len)
-        step = min(times)
-        rows.append(Row("decode", batch, args.prompt_len, batch / step, batch / floor_s, peers))
-    return rows
+        rows.append(bench.decode(batch, args.prompt_len, args.output_len))
+    extra: dict[str, float] = {}
+    if args.long:
+        short = next((row for row in rows if (row.what, row.batch) == ("decode", 1)), None)
+        if short is None:
+            short = bench.decode(1, args.prompt_len, args.output_len)
+            rows.append(short)
+        rows.append(bench.decode(1, args.long, args.output_len))
+        extra["long_ratio"] = rows[-1].tok_s / short.tok_s
+    if args.offline:
+        rows.append(bench.offline(args.offline))
+    return extra
 
 
-def _peer_figures(case: str | None, what: str, batch: int, prompt: int) -> dict[str, float]:
-    """The peers' figures for the same work, by engine."""
-    if case is None:
-        return {}
-    data = json.loads(PEERS.read_text())
-    engines = data["cases"].get(case) or data["cpu_2_cores_epyc_avx512"].get(case)
-    if engines is None:
-        known = [*data["cases"], *data["cpu_2_cores_epyc_avx512"]]
-        raise SystemExit(f"bench: no peer figures for {case!r}; known: {', '.join(known)}")
-    found = {}
-    for name, figures in engines.items():
-        value = figures.get(f"{what}_tok_s")
-        if isinstance(value, dict):
-            value = value.get(str(batch if what == "decode" else prompt))
-        elif what == "prefill":
-            value = figures.get(f"prefill_{prompt}_tok_s", value)
-        elif batch != 1:
-            value = None
-        if value is not None:
-            found[name] = float(value)
-    return found
-
-
-def show(rows: list[Row], card: ModelCard) -> None:
+def show(subject: Subject, rows: list[Row], console: Console) -> None:
     """A table: ours, the best peer, the ratio, the floor, our share of it."""
-    table = Table(title=f"{card.name} ({card.format}, {card.device}), tokens per second")
+    device = subject.engine.model.device
+    table = Table(title=f"{subject.name} ({subject.format}, {device}), tokens per second")
     for column in ("", "batch", "prompt", "squall", "best peer", "ratio", "floor", "of floor"):
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
@@ -135,70 +167,97 @@ def show(rows: list[Row], card: ModelCard) -> None:
             f"{row.floor_tok_s:,.0f}",
             f"{row.tok_s / row.floor_tok_s:.0%}",
         )
-    Console().print(table)
+    console.print(table)
 
 
-def _numbers(text: str) -> list[int]:
+def show_startup(
+    rows: list[dict[str, float | str]], others: dict[str, float], console: Console
+) -> None:
+    """Seconds from process start to first token, by phase."""
+    beside = ", ".join(f"{name} {seconds:.0f}" for name, seconds in others.items())
+    title = "seconds from process start to first token" + (f" ({beside})" if beside else "")
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column("" if column == "state" else column, justify="right")
+    for row in rows:
+        table.add_row(*(v if isinstance(v, str) else f"{v:.2f}" for v in row.values()))
+    console.print(table)
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Measure, show, and return what ``--json`` writes."""
+    device = resolve_device(args.device)
+    spec = Spec(case=args.case, quant=args.quant, options=make_options(args))
+    result: dict[str, Any] = describe(device)
+    if args.startup:  # before this process takes the device's memory
+        start = Spec(case=args.case, quant=args.quant, options=_startup_options(args))
+        result["startup"] = measure_startup(start)
+    dtype = DTYPES.get(args.dtype, backend_of(device).default_dtype(device))
+    ceilings = measure_ceilings(device, dtype)
+    meter = MemoryMeter(device)
+    subject = open_subject(spec, make_progress())
+    peer_case = args.peer_case or f"{subject.name}-{subject.format}"
+    engine = subject.engine
+    rows: list[Row] = []
     try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list like 1,8,32") from None
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: numbers must be at least 1")
-    return values
+        extra = measure(Bench(engine, ceilings, peer_case, args.repeats), args, rows)
+    finally:  # a row that fails does not take the others with it
+        if rows:
+            show(subject, rows, console)
+    memory = meter.read(engine.model.nbytes, engine.cache.nbytes)
+    if args.profile:
+        prompt = max(args.prefill, default=512)
+        batch = min(args.batch, default=1)
+        args.profile.write_text(kernel_tables(engine, batch, args.prompt_len, prompt))
+    result |= {
+        "case": args.case,
+        "quant": args.quant,
+        "model": subject.name,
+        "format": subject.format,
+        "dtype": subject.dtype,
+        "graphs": subject.graphs,
+        "max_seqs": spec.options.max_seqs,
+        "token_budget": spec.options.token_budget,
+        "load_s": {name: round(value, 2) for name, value in subject.seconds.items()},
+        "memory_bytes": memory,
+        "ceilings": asdict(ceilings),
+        **extra,
+        "rows": [asdict(row) for row in rows],
+    }
+    if args.long:
+        console.print(f"decode at {args.long} tokens is {extra['long_ratio']:.2f} of the short one")
+    if args.startup:
+        show_startup(result["startup"], peers.figure(peer_case, "startup_s"), console)
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in subject.seconds.items())
+    sizes = ", ".join(f"{name} {value / 2**20:,.0f} MiB" for name, value in memory.items())
+    console.print(
+        f"{seconds}; {sizes}; graphs {'on' if subject.graphs else 'off'}; "
+        f"read {ceilings.read_bytes_s / 1e9:,.0f} GB/s, copy {ceilings.copy_bytes_s / 1e9:,.0f} "
+        f"GB/s, matmul {ceilings.matmul_flops_s / 1e12:.2f} TFLOP/s",
+        highlight=False,
+    )
+    return result
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench/run.py", description=__doc__.split("\n")[0])
-    parser.add_argument("-m", "--model", help="model file, folder or hub id (default: demo model)")
-    parser.add_argument("-f", "--filename", help="GGUF file inside that folder or repository")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--batch", type=_numbers, default=[1, 8], help="decode batch sizes")
-    parser.add_argument("--prefill", type=_numbers, default=[512], help="prefill prompt lengths")
-    parser.add_argument("--prompt-len", type=int, default=128, help="decode prompt length")
-    parser.add_argument("--output-len", type=int, default=128, help="decode new tokens")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--peer-case", help="row of bench/peers.json to compare with")
-    parser.add_argument("--json", type=Path, help="write the result to this file too")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse(sys.argv[1:] if argv is None else argv)
-    longest = max([*args.prefill, args.prompt_len + args.output_len]) + 2
-    options = EngineOptions(
+def _startup_options(args: argparse.Namespace) -> EngineOptions:
+    """What a user gets who asks for nothing but the model."""
+    return EngineOptions(
         model=args.model,
         filename=args.filename,
         device=args.device,
         dtype=args.dtype,
-        max_seq_len=longest,
-        max_seqs=max(args.batch),
-        token_budget=max(2048, *args.batch),
-        pa_ctxt_len=max(longest, max(args.batch) * (args.prompt_len + args.output_len + 64)),
+        enforce_eager=args.enforce_eager,
     )
-    begin = time.perf_counter()
-    engine, card = build_engine(find_model(options, NoProgress()), options, NoProgress())
-    startup = time.perf_counter() - begin
-    ceilings = measure_ceilings(engine.model.device, engine.model.dtype)
-    loaded = resident_bytes()
-    rows = measure(engine, card, args, ceilings)
-    show(rows, card)
-    print(
-        f"load {startup:.1f} s, weights {card.weight_bytes / 2**20:.0f} MiB, resident "
-        f"{loaded / 2**20:.0f} MiB after loading; read {ceilings.read_bytes_s / 1e9:.0f} GB/s, "
-        f"matmul {ceilings.matmul_flops_s / 1e12:.2f} TFLOP/s"
-    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        result = run(args, Console())
+    except (BenchError, DeviceError, KVMemoryError, ModelLoadError, OptionError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
     if args.json:
-        result = {
-            **describe(engine.model.device),
-            "model": card.name,
-            "format": card.format,
-            "load_s": round(startup, 2),
-            "resident_bytes": loaded,
-            "ceilings": asdict(ceilings),
-            "rows": [asdict(row) for row in rows],
-        }
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

@@ -6,7 +6,8 @@ once. ``silu_mul`` uses ``z * sigmoid(z)``; ``gelu_tanh_mul`` uses the tanh appr
 ``0.5 z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3)))`` (Hendrycks and Gimpel 2016, arXiv:1606.08415).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -76,6 +77,10 @@ def gelu_tanh_mul_launcher(x: Tensor) -> Tensor:
 silu_mul = op("silu_mul(Tensor x) -> Tensor", silu_mul_reference, silu_mul_launcher)
 gelu_tanh_mul = op(
     "gelu_tanh_mul(Tensor x) -> Tensor", gelu_tanh_mul_reference, gelu_tanh_mul_launcher
+)
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {"none": lambda x: x, "silu": silu_mul, "gelu_tanh": gelu_tanh_mul}
 )
 
 

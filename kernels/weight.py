@@ -1,7 +1,9 @@
 """What a weight matrix is to the models: something that multiplies and hands out rows.
 
-A weight is ``[out_features, in_features]`` in PyTorch order. The classes differ in how the
-numbers are kept: plain floats, or a GGUF file's own blocks.
+A weight is ``[out_features, in_features]`` in PyTorch order. The classes differ in how the numbers
+are kept: plain floats (``DenseWeight``), a GGUF file's own blocks (``BlockWeight``: CPUs), or those
+blocks repacked for a GPU (``squall.kernels.quant.plane_weight``). They multiply in the three ways a
+decoder layer needs, each one call, so that a device can fuse what surrounds a product with it.
 """
 
 from collections.abc import Sequence
@@ -9,14 +11,25 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from squall.kernels.activation import ACTIVATIONS
+from squall.kernels.linear import linear, linear_add, norm_linear
 from squall.kernels.quant.base import QuantFormat
-from squall.kernels.quant.matmul import dequantize_rows, quant_matmul
+from squall.kernels.quant.matmul import (
+    dequantize_rows,
+    quant_matmul,
+    quant_matmul_add,
+    quant_norm_matmul,
+)
+from squall.kernels.quant.plane_weight import PlaneStack, PlaneWeight
+from squall.kernels.quant.planes import concat, pack
+from squall.kernels.rmsnorm import rms_norm
 
 
 class Weight(Protocol):
+    """Activations are ``[M, in]``; ``stream`` is the float32 residual stream."""
+
     @property
     def out_features(self) -> int: ...
 
@@ -26,16 +39,32 @@ class Weight(Protocol):
     @property
     def nbytes(self) -> int: ...
 
-    def matmul(self, x: Tensor) -> Tensor:
-        """``x [..., in] -> [..., out]`` in x's dtype."""
+    def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """``x W^T + bias``, ``[M, out]`` in ``dtype``."""
         ...
 
-    def matmul_f32(self, x: Tensor) -> Tensor:
-        """``x [M, in] -> [M, out]`` float32, the accumulator's own precision."""
+    def norm_linear(
+        self,
+        stream: Tensor,
+        norm: Tensor,
+        eps: float,
+        bias: Tensor | None,
+        activation: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """``linear`` of the RMS norm of ``stream`` (times ``norm``, float32 ``[in]``).
+
+        ``activation`` is "none", or "silu" or "gelu_tanh" for weights whose first half are gate
+        rows and whose second half are up rows: ``act(gate) * up``, ``[M, out / 2]``.
+        """
+        ...
+
+    def linear_add(self, x: Tensor, bias: Tensor | None, stream: Tensor) -> None:
+        """Add ``x W^T + bias`` to ``stream`` ``[M, out]``, in place, without rounding it."""
         ...
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows ``ids`` (int64 [T]) as ``[T, in]`` of ``dtype``: an embedding lookup."""
+        """Rows ``ids`` (int32 or int64 [T]) as ``[T, in]`` of ``dtype``: an embedding lookup."""
         ...
 
 
@@ -57,16 +86,25 @@ class DenseWeight:
     def nbytes(self) -> int:
         return self.data.nbytes
 
-    def matmul(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.data)
+    def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return linear(x, self.data, bias, dtype)
 
-    def matmul_f32(self, x: Tensor) -> Tensor:
-        if x.is_cuda and x.dtype != torch.float32:
-            return torch.mm(x, self.data.t(), out_dtype=torch.float32)
-        return F.linear(x, self.data).float()
+    def norm_linear(
+        self,
+        stream: Tensor,
+        norm: Tensor,
+        eps: float,
+        bias: Tensor | None,
+        activation: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return norm_linear(stream, norm, eps, self.data, bias, activation, dtype)
+
+    def linear_add(self, x: Tensor, bias: Tensor | None, stream: Tensor) -> None:
+        linear_add(x, self.data, bias, stream)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.data[ids].to(dtype)
+        return self.data.index_select(0, ids).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -88,24 +126,105 @@ class BlockWeight:
     def nbytes(self) -> int:
         return self.raw.nbytes
 
-    def matmul(self, x: Tensor) -> Tensor:
-        return quant_matmul(x, self.raw, self.format.ggml_type)
+    def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        y = quant_matmul(x, self.raw, self.format.ggml_type)
+        return _biased(y, bias).to(dtype)
 
-    def matmul_f32(self, x: Tensor) -> Tensor:
-        return quant_matmul(x.float(), self.raw, self.format.ggml_type)
+    def norm_linear(
+        self,
+        stream: Tensor,
+        norm: Tensor,
+        eps: float,
+        bias: Tensor | None,
+        activation: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        fused = activation if bias is None else "none"
+        y = quant_norm_matmul(stream, norm, eps, self.raw, self.format.ggml_type, fused, dtype)
+        return y if bias is None else ACTIVATIONS[activation](_biased(y, bias))
+
+    def linear_add(self, x: Tensor, bias: Tensor | None, stream: Tensor) -> None:
+        quant_matmul_add(x, self.raw, self.format.ggml_type, stream)
+        _biased(stream, bias)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        return dequantize_rows(self.raw, ids, self.format.ggml_type, dtype)
+        return dequantize_rows(self.raw, ids.long(), self.format.ggml_type, dtype)
 
 
-def merge(weights: Sequence[Weight]) -> tuple[Weight, ...]:
-    """Stack weights of one kind along the output, so that one matmul serves all of them;
-    weights of different kinds stay as they are."""
-    first = weights[0]
+@dataclass(frozen=True)
+class Stack:
+    """Weights of several kinds side by side along the output: q and k of one, v of another."""
+
+    parts: tuple[Weight, ...]
+
+    @property
+    def out_features(self) -> int:
+        return sum(part.out_features for part in self.parts)
+
+    @property
+    def in_features(self) -> int:
+        return self.parts[0].in_features
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return _biased(torch.cat([part.linear(x, None, dtype) for part in self.parts], -1), bias)
+
+    def norm_linear(
+        self,
+        stream: Tensor,
+        norm: Tensor,
+        eps: float,
+        bias: Tensor | None,
+        activation: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        x = rms_norm(stream, norm, eps, dtype)
+        return ACTIVATIONS[activation](self.linear(x, bias, dtype))
+
+    def linear_add(self, x: Tensor, bias: Tensor | None, stream: Tensor) -> None:
+        stream += self.linear(x, bias, torch.float32)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        raise TypeError("an embedding is one matrix")
+
+
+def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y.add_(bias)
+
+
+def place(weight: BlockWeight) -> Weight:
+    """The form in which a weight that was just put on its device is kept there."""
+    if weight.raw.device.type in ("cuda", "xpu"):
+        return PlaneWeight(pack(weight.format, weight.raw))
+    return weight
+
+
+def merge(weights: Sequence[Weight]) -> Weight:
+    """Stack weights along the output, so that one product serves all of them."""
     if len(weights) == 1:
-        return (first,)
-    if all(isinstance(w, DenseWeight) for w in weights):
-        return (DenseWeight(torch.cat([w.data for w in weights])),)  # type: ignore[attr-defined]
-    if all(isinstance(w, BlockWeight) and w.format == first.format for w in weights):  # type: ignore[attr-defined]
-        return (BlockWeight(first.format, torch.cat([w.raw for w in weights])),)  # type: ignore[attr-defined]
-    return tuple(weights)
+        return weights[0]
+    dense = [w for w in weights if isinstance(w, DenseWeight)]
+    if len(dense) == len(weights):
+        return DenseWeight(torch.cat([w.data for w in dense]))
+    blocks = [w for w in weights if isinstance(w, BlockWeight)]
+    if len(blocks) == len(weights) and len({w.format.ggml_type for w in blocks}) == 1:
+        return BlockWeight(blocks[0].format, torch.cat([w.raw for w in blocks]))
+    planes = [w for w in weights if isinstance(w, PlaneWeight)]
+    if len(planes) == len(weights):
+        return _merge_planes(planes)
+    return Stack(tuple(weights))
+
+
+def _merge_planes(weights: Sequence[PlaneWeight]) -> Weight:
+    """Neighbours of one type become one weight; what is left differs in type."""
+    runs: list[list[PlaneWeight]] = []
+    for weight in weights:
+        if runs and runs[-1][0].planes.format == weight.planes.format:
+            runs[-1].append(weight)
+        else:
+            runs.append([weight])
+    merged = tuple(PlaneWeight(concat([w.planes for w in run])) for run in runs)
+    return merged[0] if len(merged) == 1 else PlaneStack(merged)

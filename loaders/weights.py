@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from squall.kernels.weight import BlockWeight, DenseWeight, Weight
+from squall.kernels.weight import BlockWeight, DenseWeight, Weight, place
 from squall.loaders.errors import ModelLoadError
 from squall.loaders.gguf import GGUFFile
 from squall.loaders.gguf_names import NAME_MAPS, unpermute_rows
@@ -115,7 +115,7 @@ class GGUFWeights(_FileWeights):
         rows = self._rows(name, (out_features, in_features))
         form = self._file.tensors[self._names.gguf_name(name)].format
         if form.dtype is None:
-            return BlockWeight(form, self._place(rows, torch.uint8))
+            return place(BlockWeight(form, self._place(rows, torch.uint8)))
         return DenseWeight(self._place(rows, self.dtype))
 
     def finish(self) -> None:

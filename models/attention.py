@@ -3,30 +3,24 @@
 from torch import Tensor
 
 from squall.kernels.attention.paged import paged_attention
-from squall.kernels.attention.store_kv import store_kv
-from squall.kernels.rmsnorm import rms_norm
-from squall.kernels.rope import apply_rope
+from squall.kernels.attention.rope_store import rope_store_kv
 from squall.models.batch import Batch
 from squall.models.config import DecoderConfig, LayerConfig
 from squall.models.weights import WeightSource, read_linear
 
 
 class Attention:
-    """``x [T, hidden] -> [T, hidden]``; writes this step's keys and values into the cache."""
+    """Mixes values over the tokens of each sequence; ``out`` projects back to the stream."""
 
     def __init__(
         self, config: DecoderConfig, layer: LayerConfig, source: WeightSource, prefix: str
     ) -> None:
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-        )
         self.scale = config.attention_scale
         self.window = layer.window
         self.softcap = config.attention_softcap
         self.eps = config.norm_eps
-        q_size, kv_size = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        q_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
         self.qkv = read_linear(
             source,
             [f"{prefix}.{name}_proj" for name in "qkv"],
@@ -41,19 +35,23 @@ class Attention:
         self.k_norm: Tensor | None = None
         if config.qk_norm:
             offset = config.norm_offset
-            self.q_norm = source.norm(f"{prefix}.q_norm.weight", self.head_dim, offset)
-            self.k_norm = source.norm(f"{prefix}.k_norm.weight", self.head_dim, offset)
+            self.q_norm = source.norm(f"{prefix}.q_norm.weight", config.head_dim, offset)
+            self.k_norm = source.norm(f"{prefix}.k_norm.weight", config.head_dim, offset)
 
-    def __call__(
-        self, x: Tensor, batch: Batch, cache: tuple[Tensor, Tensor], rope: Tensor
+    def mixed(
+        self,
+        stream: Tensor,
+        norm: Tensor,
+        batch: Batch,
+        cache: tuple[Tensor, Tensor],
+        rope: Tensor,
     ) -> Tensor:
-        qkv = self.qkv(x).view(x.shape[0], self.heads + 2 * self.kv_heads, self.head_dim)
-        q, k, v = qkv.split_with_sizes((self.heads, self.kv_heads, self.kv_heads), dim=1)
-        if self.q_norm is not None and self.k_norm is not None:
-            q = rms_norm(q, self.q_norm, self.eps)
-            k = rms_norm(k, self.k_norm, self.eps)
-        q, k = apply_rope(q, k, batch.positions, rope)
-        store_kv(k, v, *cache, batch.slots)
+        """What goes into ``out``: ``[T, hidden]`` float32 -> ``[T, heads * head_dim]``. Writes this
+        step's keys and values into the cache."""
+        qkv = self.qkv.of_norm(stream, norm, self.eps)
+        q = rope_store_kv(
+            qkv, self.q_norm, self.k_norm, self.eps, batch.positions, rope, *cache, batch.slots
+        )
         mixed = paged_attention(
             q,
             *cache,
@@ -65,5 +63,6 @@ class Attention:
             self.scale,
             self.window,
             self.softcap,
+            None,
         )
-        return self.out(mixed.view(x.shape[0], -1))
+        return mixed.view(stream.shape[0], -1)

@@ -13,18 +13,21 @@ class Batch:
     """One step's tokens, packed over sequences without padding.
 
     T tokens of S sequences; a sequence contributes one token (decode) or a chunk of its prompt.
-    Index tensors live on the model's device.
+    Index tensors live on the model's device. The decode steps of a captured graph have lengths
+    that vary from replay to replay: ``max_context_len`` is then the longest there may be.
     """
 
-    token_ids: Tensor  # int64 [T]
-    positions: Tensor  # int64 [T], place of every token in its own sequence
-    slots: Tensor  # int64 [T], block * block_size + offset in the KV cache; negative: do not store
+    token_ids: Tensor  # int [T]; int is int32 or int64
+    positions: Tensor  # int [T], place of every token in its own sequence
+    slots: Tensor  # int [T], block * block_size + offset in the KV cache; negative: do not store
     query_start: Tensor  # int32 [S + 1], first token of every sequence, then T
     context_lens: Tensor  # int32 [S], cached tokens after this step (its own tokens included)
     block_tables: Tensor  # int32 [S, B], cache blocks of every sequence; unused entries are -1
-    logit_rows: Tensor  # int64 [L], the tokens whose logits are wanted
+    logit_rows: Tensor | None  # int [L], the tokens whose logits are wanted; None: all
     max_query_len: int
     max_context_len: int
+    query_lens: tuple[int, ...] = ()  # of every sequence; empty where they vary from run to run
+    contexts: tuple[int, ...] = ()  # context_lens, likewise
 
 
 @dataclass(frozen=True)

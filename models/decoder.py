@@ -3,18 +3,19 @@
 import torch
 from torch import Tensor
 
-from squall.kernels.rmsnorm import add_rms_norm, rms_norm
+from squall.kernels.rmsnorm import rms_norm_add
 from squall.kernels.weight import Weight
 from squall.models.attention import Attention
 from squall.models.batch import Batch, KVCache
 from squall.models.config import DecoderConfig, LayerConfig
+from squall.models.linear import Linear
 from squall.models.mlp import GatedMLP
 from squall.models.rope import rope_table
 from squall.models.weights import WeightSource
 
 
 class Block:
-    """One layer. The residual stream is added to inside the norms (``add_rms_norm``)."""
+    """One layer: attention, then the MLP, each added to the residual stream."""
 
     def __init__(
         self, config: DecoderConfig, layer: LayerConfig, source: WeightSource, prefix: str
@@ -37,24 +38,19 @@ class Block:
             self.mlp_norm = norm("post_attention_layernorm")
 
     def __call__(
-        self,
-        x: Tensor,
-        residual: Tensor,
-        batch: Batch,
-        cache: tuple[Tensor, Tensor],
-        rope: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """``x`` [T, hidden]: the last block's output, not yet added; ``residual`` float32: the
-        stream before it. Returns the same pair for this block."""
-        x, residual = add_rms_norm(x, residual, self.input_norm, self.eps)
-        x = self.attention(x, batch, cache, rope)
-        if self.post_attention_norm is not None:
-            x = rms_norm(x, self.post_attention_norm, self.eps)
-        x, residual = add_rms_norm(x, residual, self.mlp_norm, self.eps)
-        x = self.mlp(x)
-        if self.post_mlp_norm is not None:
-            x = rms_norm(x, self.post_mlp_norm, self.eps)
-        return x, residual
+        self, stream: Tensor, batch: Batch, cache: tuple[Tensor, Tensor], rope: Tensor
+    ) -> None:
+        """Carry ``stream`` [T, hidden] float32 through this layer, in place."""
+        mixed = self.attention.mixed(stream, self.input_norm, batch, cache, rope)
+        self._add(self.attention.out, mixed, self.post_attention_norm, stream)
+        inner = self.mlp.inner(stream, self.mlp_norm, self.eps)
+        self._add(self.mlp.down, inner, self.post_mlp_norm, stream)
+
+    def _add(self, projection: Linear, x: Tensor, norm: Tensor | None, stream: Tensor) -> None:
+        if norm is None:
+            projection.add_to(stream, x)
+        else:
+            rms_norm_add(projection(x), norm, self.eps, stream)
 
 
 class Decoder:
@@ -95,27 +91,27 @@ class Decoder:
         head = 0 if self.head is self.embedding else self.head.nbytes
         return sum(linears) + self.embedding.nbytes + head
 
-    def hidden(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Final-norm hidden states of the rows in ``batch.logit_rows``, [L, hidden]."""
-        config = self.config
-        x = self.embedding.rows(batch.token_ids, self.dtype)
-        if config.embedding_scale != 1.0:  # rounded to the model's dtype, as transformers does
-            x = x * torch.tensor(config.embedding_scale, dtype=self.dtype)
-        # the stream that every layer adds to stays float32: in bf16 its rounding would be the
-        # largest error of all
-        residual = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for block, *pages in zip(self.blocks, cache.keys, cache.values, strict=True):
-            x, residual = block(x, residual, batch, (pages[0], pages[1]), self.ropes[block.rope])
-        x, residual = x[batch.logit_rows], residual[batch.logit_rows]
-        return add_rms_norm(x, residual, self.norm, config.norm_eps)[0]
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``[L, hidden] -> [L, vocab]`` float32, not rounded to the model's dtype on the way: in
-        bf16 the best tokens of a small model would tie."""
-        logits = self.head.matmul_f32(hidden)
-        cap = self.config.logit_softcap
-        return torch.tanh(logits / cap) * cap if cap else logits
-
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Logits of ``batch.logit_rows``, float32 [L, vocab]."""
-        return self.logits(self.hidden(batch, cache))
+        """Logits of the rows in ``batch.logit_rows``, float32 [L, vocab].
+
+        The residual stream and the logits are float32 whatever the model's dtype: in bf16 the
+        stream's rounding would be the largest error of all, and the best tokens of a small model
+        would tie.
+        """
+        config = self.config
+        stream = self.embedding.rows(batch.token_ids, self.dtype)
+        if config.embedding_scale != 1.0:  # rounded to the model's dtype, as transformers does
+            stream = stream * torch.tensor(config.embedding_scale, dtype=self.dtype).item()
+        stream = stream.float()
+        for block, *pages in zip(self.blocks, cache.keys, cache.values, strict=True):
+            block(stream, batch, (pages[0], pages[1]), self.ropes[block.rope])
+        if batch.logit_rows is not None:
+            stream = stream.index_select(0, batch.logit_rows)
+        return self.logits(stream)
+
+    def logits(self, stream: Tensor) -> Tensor:
+        """Final norm and head: ``[L, hidden] -> [L, vocab]``, float32."""
+        config, f32 = self.config, torch.float32
+        logits = self.head.norm_linear(stream, self.norm, config.norm_eps, None, "none", f32)
+        cap = config.logit_softcap
+        return torch.tanh(logits / cap) * cap if cap else logits

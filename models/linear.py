@@ -9,23 +9,31 @@ from squall.kernels.weight import Weight, merge
 
 
 class Linear:
-    """``x [..., in] -> [..., out]``, plus a bias.
+    """``[T, in] -> [T, out]``, plus a bias, in the ways a decoder layer uses a projection.
 
     ``weights`` are stacked along the output (q, k, v or gate, up); the multiplication is the
-    weight's own business.
+    weight's own business. ``dtype`` is the model's.
     """
 
-    def __init__(self, weights: Sequence[Weight], bias: Tensor | None = None) -> None:
-        self.weights = merge(weights)
+    def __init__(
+        self, weights: Sequence[Weight], dtype: torch.dtype, bias: Tensor | None = None
+    ) -> None:
+        self.weight = merge(weights)
+        self.dtype = dtype
         self.bias = bias
 
     @property
     def nbytes(self) -> int:
-        return sum(w.nbytes for w in self.weights) + (0 if self.bias is None else self.bias.nbytes)
+        return self.weight.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if len(self.weights) == 1:
-            y = self.weights[0].matmul(x)
-        else:
-            y = torch.cat([weight.matmul(x) for weight in self.weights], dim=-1)
-        return y if self.bias is None else y + self.bias
+        return self.weight.linear(x, self.bias, self.dtype)
+
+    def of_norm(self, stream: Tensor, norm: Tensor, eps: float, activation: str = "none") -> Tensor:
+        """The projection of the RMS norm of the float32 ``stream``; ``activation`` as
+        ``Weight.norm_linear`` takes it."""
+        return self.weight.norm_linear(stream, norm, eps, self.bias, activation, self.dtype)
+
+    def add_to(self, stream: Tensor, x: Tensor) -> None:
+        """Add the projection of ``x`` to ``stream``, in place."""
+        self.weight.linear_add(x, self.bias, stream)

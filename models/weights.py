@@ -42,9 +42,10 @@ def read_linear(
     parts = zip(names, outs, strict=True)
     weights = [source.matrix(f"{name}.weight", out, in_features) for name, out in parts]
     if not bias:
-        return Linear(weights)
+        return Linear(weights, source.dtype)
     parts = zip(names, outs, strict=True)
-    return Linear(weights, torch.cat([source.vector(f"{name}.bias", out) for name, out in parts]))
+    biases = [source.vector(f"{name}.bias", out) for name, out in parts]
+    return Linear(weights, source.dtype, torch.cat(biases))
 
 
 class RandomWeights:

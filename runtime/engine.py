@@ -1,4 +1,8 @@
-"""The engine: requests in, one model step at a time, token events out."""
+"""The engine: requests in, one model step at a time, token events out.
+
+On a GPU the host runs one step ahead: a step is planned and launched while the one before it is
+still computing, and only then are that one's tokens booked.
+"""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -8,11 +12,11 @@ import torch
 from squall.models.batch import Batch, KVCache
 from squall.models.decoder import Decoder
 from squall.runtime import scheduler
-from squall.runtime.pack import pack
 from squall.runtime.pages import BlockPool
 from squall.runtime.request import EngineRequest, TokenEvent, TokenLogprob
 from squall.runtime.request import Sequence as Seq
-from squall.runtime.sampler import SampleOutput, Sampler, SampleRow
+from squall.runtime.runner import Launched, Runner
+from squall.runtime.sampler import SampleOutput, SampleRow
 from squall.runtime.scheduler import Chunk, Limits, Plan, State
 
 log = logging.getLogger(__name__)
@@ -33,12 +37,13 @@ class Engine:
         self.cache = cache
         self.limits = limits
         self.state = State(BlockPool(cache.keys[0].shape[0]))
-        self.sampler = Sampler(model.config.vocab_size, model.device)
+        self.runner = Runner(model, cache, limits)
         self._rows: dict[int, SampleRow] = {}
+        self._launched: Launched | None = None  # the step that is not booked yet
 
     @property
     def idle(self) -> bool:
-        return self.state.idle
+        return self.state.idle and self._launched is None
 
     def add(self, request: EngineRequest) -> TokenEvent | None:
         """Queue a request; an event tells at once when it can never run."""
@@ -65,35 +70,43 @@ class Engine:
         return TokenEvent(request_id, [], finish_reason="abort")
 
     def step(self) -> list[TokenEvent]:
-        """Run one model step; returns what it did for each request that moved.
+        """Launch one model step and book the last one; returns what became of the requests in it.
 
         An exception inside the step ends the requests that were in it with an error event.
         Raises EngineError when the device itself is lost.
         """
         plan = scheduler.plan(self.state, self.limits)
         scheduler.apply(self.state, plan)
-        if not plan.chunks:
+        before, self._launched = self._launched, None
+        events: list[TokenEvent] = []
+        if plan.chunks:
+            try:
+                self._launched = self._launch(plan)
+            except Exception as error:
+                events = self._fail([chunk.seq for chunk in plan.chunks], error)
+        events = self._finish_step(before) + events
+        if self._launched is not None and not self._launched.deferred:
+            step, self._launched = self._launched, None
+            events += self._finish_step(step)
+        return events
+
+    def _launch(self, plan: Plan) -> Launched:
+        rows = [self._rows[chunk.seq.request.id] for chunk in plan.chunks if chunk.samples]
+        return self.runner.launch(plan.chunks, rows)
+
+    def _finish_step(self, step: Launched | None) -> list[TokenEvent]:
+        """Wait for a step's tokens and book them."""
+        if step is None or not step.chunks:
             return []
         try:
-            sampled = self._run(plan)
+            sampled = self.runner.finish(step)
         except Exception as error:
-            return self._fail(plan, error)
-        samplers = [chunk for chunk in plan.chunks if chunk.samples]
-        for chunk in plan.chunks:
-            if not chunk.samples:
-                scheduler.apply_results(self.state, chunk, None)
-        return [self._book(chunk, sampled, row) for row, chunk in enumerate(samplers)]
+            return self._fail([chunk.seq for chunk in step.chunks], error)
+        alive = [row for row, chunk in enumerate(step.chunks) if chunk.seq.finish_reason is None]
+        return [self._book(step.chunks[row], sampled, row) for row in alive]
 
-    @torch.inference_mode()
-    def _run(self, plan: Plan) -> SampleOutput | None:
-        batch = pack(plan, self.limits.block_size, self.model.device)
-        rows = [self._rows[chunk.seq.request.id] for chunk in plan.chunks if chunk.samples]
-        hidden = self.model.hidden(batch, self.cache)
-        return self.sampler.sample(self.model.logits(hidden), rows) if rows else None
-
-    def _book(self, chunk: Chunk, sampled: SampleOutput | None, row: int) -> TokenEvent:
+    def _book(self, chunk: Chunk, sampled: SampleOutput, row: int) -> TokenEvent:
         """Take one sampled token into its sequence."""
-        assert sampled is not None
         request_id = chunk.seq.request.id
         error = sampled.errors.get(row)
         if error is not None:
@@ -120,13 +133,14 @@ class Engine:
         scheduler.finish(self.state, seq, reason)
         self._rows.pop(seq.request.id, None)
 
-    def _fail(self, plan: Plan, error: Exception) -> list[TokenEvent]:
+    def _fail(self, sequences: Sequence[Seq], error: Exception) -> list[TokenEvent]:
         """End every request of a step that raised, and see whether the device still works."""
         log.error("step failed: %s", error, exc_info=error)
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         message = f"the step failed: {type(error).__name__}: {first_line}"
-        for chunk in plan.chunks:
-            self._finish(chunk.seq, "error")
+        alive = [seq for seq in sequences if seq.finish_reason is None]
+        for seq in alive:
+            self._finish(seq, "error")
         if self.model.device.type == "cuda":
             try:
                 torch.cuda.synchronize(self.model.device)
@@ -134,8 +148,7 @@ class Engine:
             except Exception as lost:
                 raise EngineError(f"{self.model.device} is lost: {lost}") from error
         return [
-            TokenEvent(chunk.seq.request.id, [], finish_reason="error", error=message)
-            for chunk in plan.chunks
+            TokenEvent(seq.request.id, [], finish_reason="error", error=message) for seq in alive
         ]
 
     def _check_ids(self, ids: Sequence[int]) -> None:
@@ -154,15 +167,15 @@ def run_loop(
     """Serve until ``receive`` returns False.
 
     ``receive(block)`` passes what has arrived to the engine; with ``block`` it waits for
-    something. ``emit`` gets each step's events.
+    something. ``emit`` gets each step's events. Idle time goes into graphs still to be captured.
     """
-    while receive(engine.idle):
+    while receive(engine.idle and not engine.runner.capture_one()):
         if not engine.idle:
             events = engine.step()
             if events:
                 emit(events)
             if engine.idle:
-                engine.sampler.release()
+                engine.runner.release()
 
 
 def probe_batch(tokens: int, seqs: int, block_size: int, device: torch.device) -> Batch:
@@ -181,4 +194,6 @@ def probe_batch(tokens: int, seqs: int, block_size: int, device: torch.device) -
         logit_rows=torch.arange(min(seqs, tokens), device=device),
         max_query_len=tokens,
         max_context_len=tokens,
+        query_lens=(tokens,),
+        contexts=(tokens,),
     )

@@ -1,42 +1,78 @@
 """Turns a ``Plan`` into the tensors of a ``Batch``."""
 
+from collections.abc import Sequence as Rows
+
 import numpy as np
 import torch
+from torch import Tensor
 
+from squall.kernels.sample import gather_ids
 from squall.models.batch import Batch
-from squall.runtime.scheduler import Plan
+from squall.runtime.request import Sequence
+from squall.runtime.scheduler import Chunk
 
 
-def pack(plan: Plan, block_size: int, device: torch.device) -> Batch:
-    """The batch of ``plan``'s chunks, in their order; logits for the chunks that sample."""
-    chunks = plan.chunks
-    lengths = np.fromiter((chunk.length for chunk in chunks), np.int64, len(chunks))
-    starts = np.fromiter((chunk.start for chunk in chunks), np.int64, len(chunks))
-    query_start = np.zeros(len(chunks) + 1, np.int64)
+def source_of(seq: Sequence, position: int) -> int:
+    """Where the token at ``position`` comes from: ``-1 - id`` if the host knows it, else the row of
+    the last step's samples."""
+    return -1 - seq.tokens[position] if position < len(seq.tokens) else seq.row
+
+
+def pack(chunks: Rows[Chunk], block_size: int, sampled: Tensor) -> Batch:
+    """The batch of ``chunks``, in their order; logits for the chunks that sample.
+
+    ``sampled`` int32 are the ids of the last step, on the model's device; tokens the host does not
+    know yet are taken from it. All index tensors are int32 and travel in one upload.
+    """
+    count = len(chunks)
+    lengths = np.fromiter((chunk.length for chunk in chunks), np.int64, count)
+    starts = np.fromiter((chunk.start for chunk in chunks), np.int64, count)
+    query_start = np.zeros(count + 1, np.int64)
     np.cumsum(lengths, out=query_start[1:])
-    token_ids = np.empty(query_start[-1], np.int64)
-    for chunk, begin in zip(chunks, query_start, strict=False):
-        token_ids[begin : begin + chunk.length] = chunk.seq.tokens[chunk.start : chunk.end]
-    tables = np.full((len(chunks), max(len(c.seq.blocks) for c in chunks)), -1, np.int64)
+    tables = np.full((count, max(len(c.seq.blocks) for c in chunks)), -1, np.int64)
     for row, chunk in zip(tables, chunks, strict=True):
         row[: len(chunk.seq.blocks)] = chunk.seq.blocks
-    owner = np.repeat(np.arange(len(chunks)), lengths)
+    owner = np.repeat(np.arange(count), lengths)
     positions = np.arange(query_start[-1]) - query_start[owner] + starts[owner]
     slots = tables[owner, positions // block_size] * block_size + positions % block_size
-    samples = np.fromiter((chunk.samples for chunk in chunks), bool, len(chunks))
+    samples = np.fromiter((chunk.samples for chunk in chunks), bool, count)
+    source, in_flight = _sources(chunks, query_start)
     ends = starts + lengths
-
-    def tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-        return torch.from_numpy(array).to(device=device, dtype=dtype, non_blocking=True)
-
+    arrays = (source, positions, slots, query_start, ends, tables, query_start[1:][samples] - 1)
+    token_ids, *index = _upload(arrays, sampled.device)
+    if in_flight:
+        token_ids = gather_ids(sampled, token_ids)
     return Batch(
-        token_ids=tensor(token_ids, torch.int64),
-        positions=tensor(positions, torch.int64),
-        slots=tensor(slots, torch.int64),
-        query_start=tensor(query_start, torch.int32),
-        context_lens=tensor(ends, torch.int32),
-        block_tables=tensor(tables, torch.int32),
-        logit_rows=tensor(query_start[1:][samples] - 1, torch.int64),
+        token_ids,
+        *index,
         max_query_len=int(lengths.max()),
         max_context_len=int(ends.max()),
+        query_lens=tuple(lengths.tolist()),
+        contexts=tuple(ends.tolist()),
     )
+
+
+def _sources(chunks: Rows[Chunk], query_start: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Token ids of all chunks; where some are in flight, ``source_of`` of every token instead."""
+    in_flight = any(chunk.end > len(chunk.seq.tokens) for chunk in chunks)
+    source = np.empty(query_start[-1], np.int64)
+    for chunk, begin in zip(chunks, query_start, strict=False):
+        place = slice(begin, begin + chunk.length)
+        if chunk.end > len(chunk.seq.tokens):
+            source[place] = chunk.seq.row
+        else:
+            known = np.array(chunk.seq.tokens[chunk.start : chunk.end], np.int64)
+            source[place] = -1 - known if in_flight else known
+    return source, in_flight
+
+
+def _upload(arrays: Rows[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The arrays as int32 tensors on ``device``."""
+    if device.type == "cpu":
+        return [torch.from_numpy(array.astype(np.int32)) for array in arrays]
+    # a copy from memory that is not pinned would wait for all the work before it
+    sizes = [array.size for array in arrays]
+    host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+    np.concatenate([a.ravel() for a in arrays], out=host.numpy(), casting="unsafe")
+    parts = host.to(device, non_blocking=True).split(sizes)
+    return [part.view(a.shape) for part, a in zip(parts, arrays, strict=True)]

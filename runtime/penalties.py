@@ -16,47 +16,47 @@ MAX_DRY_PENALTY = 1e30  # keeps the logits finite
 class TokenCounts:
     """How often every token occurs in every penalised sequence, kept on the device.
 
-    One int32 row of the vocabulary per sequence that asked for a penalty. A row returns to the
-    pool when its owner is garbage-collected; the pool is dropped when no row is in use.
+    ``pool`` int32 ``[rows, V]`` has a row for every sequence that asked for a penalty. A row
+    returns to it when its owner is garbage-collected; it is dropped when no row is in use.
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        self._pool = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
+        self.pool = torch.zeros(0, vocab_size, dtype=torch.int32, device=device)
         self._free: list[int] = []
 
     @property
     def nbytes(self) -> int:
-        return self._pool.nbytes
+        return self.pool.nbytes
 
     @property
     def used(self) -> int:
         """Rows in use."""
-        return len(self._pool) - len(self._free)
+        return len(self.pool) - len(self._free)
 
     def claim(self, owner: object) -> int:
         """A row for ``owner``, all zero."""
         if not self._free:
             self._grow()
         slot = self._free.pop()
-        self._pool[slot].zero_()
+        self.pool[slot].zero_()
         weakref.finalize(owner, self._free.append, slot).atexit = False
         return slot
 
     def _grow(self) -> None:
-        old = len(self._pool)
+        old = len(self.pool)
         grown = torch.zeros(
             max(2 * old, 1), self._vocab_size, dtype=torch.int32, device=self._device
         )
-        grown[:old] = self._pool
-        self._pool = grown
+        grown[:old] = self.pool
+        self.pool = grown
         self._free.extend(range(len(grown) - 1, old - 1, -1))
 
     def trim(self) -> None:
         """Give the memory back if no row is in use."""
         if self._free and not self.used:
-            self._pool = self._pool.new_zeros(0, self._vocab_size)
+            self.pool = self.pool.new_zeros(0, self._vocab_size)
             self._free.clear()
 
     def add(self, slots: Sequence[int], token_ids: Sequence[int]) -> None:
@@ -69,19 +69,19 @@ class TokenCounts:
         flat = flat[(ids >= 0) & (ids < self._vocab_size)]
         index = torch.from_numpy(flat).to(self._device)
         ones = torch.ones(len(flat), dtype=torch.int32, device=self._device)
-        self._pool.view(-1).index_add_(0, index, ones)
+        self.pool.view(-1).index_add_(0, index, ones)
 
     def clear(self, slot: int) -> None:
         """Forget what row ``slot`` counted."""
-        self._pool[slot].zero_()
+        self.pool[slot].zero_()
 
     def row(self, slot: int) -> Tensor:
         """int32 [V], the counts of one row; a view."""
-        return self._pool[slot]
+        return self.pool[slot]
 
     def rows(self, slots: Tensor) -> Tensor:
         """int32 [P, V]: the counts of int64 ``slots`` [P]."""
-        return self._pool.index_select(0, slots)
+        return self.pool.index_select(0, slots)
 
 
 def penalise(

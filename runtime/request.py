@@ -41,9 +41,11 @@ class TokenEvent(msgspec.Struct, array_like=True, frozen=True):
 class Sequence:
     """The engine's mutable state of one request.
 
-    ``tokens`` is prompt then output; the first ``computed`` of them have their keys and values in
-    the cache, in ``blocks``. The token sampled last is known but not computed yet, so a sequence
-    that is decoding has ``remaining == 1``.
+    ``tokens`` is prompt then output, as far as the host knows it; ``in_flight`` more have been
+    sampled by steps whose results are not booked yet. The first ``computed`` of all these have
+    their keys and values in the cache, in ``blocks``, or will have them once the launched steps
+    are through. The token sampled last is not computed yet, so a sequence that is decoding has
+    ``remaining == 1``.
     """
 
     __slots__ = (
@@ -51,11 +53,13 @@ class Sequence:
         "blocks",
         "computed",
         "finish_reason",
+        "in_flight",
         "max_length",
         "order",
         "output_ids",
         "preemptions",
         "request",
+        "row",
         "stop_ids",
         "stop_token",
         "tokens",
@@ -75,6 +79,8 @@ class Sequence:
         # grows as it runs
         self.tokens = list(request.prompt_ids)
         self.output_ids: list[int] = []
+        self.in_flight = 0
+        self.row = -1  # its row among those the last step that sampled it sampled
         self.preemptions = 0
         # given up when it is preempted
         self.computed = 0
@@ -85,8 +91,15 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Known tokens that are not in the cache yet."""
-        return len(self.tokens) - self.computed
+        """Tokens to compute next: those sampled so far that are not in the cache. None once the
+        last token it may have is in flight."""
+        length = len(self.tokens) + self.in_flight
+        return 0 if self.in_flight and length >= self.max_length else length - self.computed
+
+    @property
+    def sampled(self) -> int:
+        """Output tokens sampled so far, those in flight included."""
+        return len(self.output_ids) + self.in_flight
 
     def accept(self, token: int) -> str | None:
         """Take the next sampled token; returns the reason if it ends the sequence.

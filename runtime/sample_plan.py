@@ -44,6 +44,9 @@ class SampleRow:
     output_ids: list[int]
     dry_breaker_ids: Sequence[Sequence[int]] = ()
     seed: int = field(init=False)
+    key: int = field(init=False)  # 64 bits made from the seed, which the draws depend on
+    counts: bool = field(init=False)  # a penalty needs the tokens counted
+    on_device: bool = field(init=False)  # the host need not know the tokens or see the logits
     plain_greedy: bool = field(init=False)  # argmax of the logits as they are, nothing else
     # The sampler's own:
     uid: int = field(default=-1, init=False)
@@ -55,6 +58,10 @@ class SampleRow:
     def __post_init__(self) -> None:
         params = self.params
         self.seed = secrets.randbits(64) if params.seed is None else params.seed % 2**64
+        self.key = mix64(self.seed)
+        self.counts = counts_tokens(params)
+        edited_by_host = bool(params.logit_bias) or params.dry_multiplier > 0.0
+        self.on_device = params.logprobs is None and not edited_by_host
         self.plain_greedy = params.greedy and params.logprobs is None and not edits_logits(params)
 
 
@@ -137,7 +144,7 @@ class Planner:
         return Group(
             rows=indices,
             index=self.upload(indices, torch.int64),
-            keys=np.array([mix64(rows[i].seed) for i in indices], dtype=np.uint64),
+            keys=np.array([rows[i].key for i in indices], dtype=np.uint64),
             temperature=self._column([p.temperature for p in params]),
             top_k=self._column([float(k) for k in top_k], self.sum_dtype)
             if min(top_k) < self.vocab_size

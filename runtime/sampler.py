@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from squall.kernels.sample import count_tokens_, penalize_
 from squall.runtime.filters import BLOCK, accumulator, draw, keep_prefix
 from squall.runtime.params import MAX_LOGPROBS, SamplingParams
 from squall.runtime.penalties import Dry, TokenCounts, penalise
@@ -36,7 +37,6 @@ from squall.runtime.sample_plan import (
     Plan,
     Planner,
     SampleRow,
-    counts_tokens,
     uniforms,
 )
 
@@ -78,7 +78,7 @@ class Sampler:
         """
         assert logits.shape == (len(rows), self.vocab_size), (logits.shape, len(rows))
         if all(row.plain_greedy for row in rows):
-            return _output(_usable(*_best(logits)).tolist(), None)
+            return as_output(_usable(*_best(logits)).tolist(), None)
         token_ids: list[int] = []
         logprobs: list[TokenLogprob | None] = []
         for start in range(0, len(rows), self._chunk):
@@ -89,7 +89,7 @@ class Sampler:
             host_ids = ids.tolist()
             token_ids += host_ids
             logprobs += _logprobs(raw, ids, host_ids, part, plan)
-        return _output(token_ids, logprobs if any(logprobs) else None)
+        return as_output(token_ids, logprobs if any(logprobs) else None)
 
     def release(self) -> None:
         """Give idle memory back; call it when nothing runs."""
@@ -104,16 +104,52 @@ class Sampler:
 
     def _plan(self, start: int, rows: Sequence[SampleRow]) -> Plan:
         for row in rows:
-            if row.uid < 0:
-                row.uid = self._next_uid
-                self._next_uid += 1
-                if counts_tokens(row.params):
-                    row.slot = self.counts.claim(row)
+            self._know(row)
         uids = [row.uid for row in rows]
         plan = self._plans.get(start)
         if plan is None or plan.uids != uids:
             plan = self._plans[start] = self._planner.plan(uids, rows)
         return plan
+
+    def _know(self, row: SampleRow) -> None:
+        """Give a row that is new its number, and its place among the token counts."""
+        if row.uid < 0:
+            row.uid = self._next_uid
+            self._next_uid += 1
+            if row.counts:
+                row.slot = self.counts.claim(row)
+
+    def penalize(self, logits: Tensor, rows: Sequence[SampleRow], positions: Sequence[int]) -> None:
+        """Take repetition, frequency and presence penalties off ``logits`` [R, V], in place, when
+        the tokens up to ``positions`` [R] (output tokens before this one) were counted on the
+        device as they were sampled."""
+        slots: list[int] = []
+        tokens: list[int] = []
+        for row, position in zip(rows, positions, strict=True):
+            self._know(row)
+            if row.counts:
+                first = row.counted < 0
+                known = row.output_ids[max(row.counted, 0) : position]
+                new = [*row.prompt_ids, *known] if first else known
+                slots += [row.slot] * len(new)
+                tokens += new
+                row.counted = position + 1
+        if tokens:
+            self.counts.add(slots, tokens)
+        params = [row.params for row in rows]
+        penalize_(
+            logits,
+            self.counts.pool,
+            self._upload([row.slot for row in rows], torch.int32),
+            self._upload([p.repetition_penalty for p in params], torch.float32),
+            self._upload([p.frequency_penalty for p in params], torch.float32),
+            self._upload([p.presence_penalty for p in params], torch.float32),
+        )
+
+    def count(self, rows: Sequence[SampleRow], ids: Tensor) -> None:
+        """Count the sampled ``ids`` int32 [R] of the rows that ``penalize`` was given."""
+        slots = self._upload([row.slot for row in rows], torch.int32)
+        count_tokens_(self.counts.pool, slots, ids)
 
     def _sample_chunk(self, logits: Tensor, rows: Sequence[SampleRow], plan: Plan) -> Tensor:
         """Token ids int64 [len(rows)], -1 where the logits are unusable."""
@@ -211,7 +247,10 @@ def _usable(top: Tensor, ids: Tensor) -> Tensor:
     return torch.where(torch.isfinite(top), ids, -1)
 
 
-def _output(token_ids: list[int], logprobs: list[TokenLogprob | None] | None) -> SampleOutput:
+def as_output(
+    token_ids: list[int], logprobs: list[TokenLogprob | None] | None = None
+) -> SampleOutput:
+    """Token ids with an error for each that is negative."""
     errors = {i: BAD_LOGITS for i, token in enumerate(token_ids) if token < 0}
     return SampleOutput(token_ids, logprobs, errors)
 

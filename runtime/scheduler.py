@@ -1,8 +1,10 @@
 """Which tokens the next step computes: continuous batching over a paged KV cache.
 
-``plan`` decides and only reads; ``apply`` carries the decision out; ``apply_results`` books what
-the step produced. Nothing here knows tensors; a step costs O(running sequences), whatever their
-lengths.
+``plan`` decides and only reads; ``apply`` carries the decision out and counts the step as computed;
+``apply_results`` books what it produced, which may come after the next step was planned: the
+tokens between are in flight, their number is known and their values are not. A sequence whose
+token in flight turns out to end it has then been computed for one step too many. Nothing here
+knows tensors; a step costs O(running sequences), whatever their lengths.
 
 Order is priority first (higher wins), then arrival; ``State.running`` and ``State.waiting`` are
 kept in that order. A step takes, within the token budget:
@@ -156,13 +158,14 @@ def add(state: State, limits: Limits, request: EngineRequest) -> Sequence:
 
 
 def plan(state: State, limits: Limits) -> Plan:
-    """Decide the next step; changes nothing. The plan is empty only when the state is idle."""
+    """Decide the next step; changes nothing. The plan is empty only when the state is idle or all
+    that is left to do is to book tokens in flight."""
     running = state.running
     block_size = limits.block_size
     free = state.pool.free_blocks
     # Decodes go first in the budget; the prefills share the rest. Were a running sequence to
     # prefill, fewer than max_seqs decode, so there is a rest.
-    budget = limits.token_budget - sum([len(s.tokens) - s.computed == 1 for s in running])
+    budget = limits.token_budget - sum([s.remaining == 1 for s in running])
     decodes: list[Chunk] = []
     prefills: list[Chunk] = []
     keep = len(running)  # running[keep:] are preempted
@@ -171,7 +174,7 @@ def plan(state: State, limits: Limits) -> Plan:
         seq = running[i]
         i += 1
         start = seq.computed
-        remaining = len(seq.tokens) - start
+        remaining = seq.remaining
         length = 1 if remaining == 1 else min(remaining, budget)
         if length == 0:
             continue
@@ -213,7 +216,7 @@ def _admissions(state: State, limits: Limits, free: int, budget: int) -> list[Ch
     running = len(state.running)
     for seq in state.waiting:
         needed = blocks_for(len(seq.tokens), limits.block_size)
-        if running >= limits.max_seqs or budget == 0 or needed + running > free:
+        if running >= limits.max_seqs or budget == 0 or needed + running > free or seq.in_flight:
             break
         length = min(len(seq.tokens), budget)
         new_blocks = blocks_for(length, limits.block_size)
@@ -244,10 +247,12 @@ def apply(state: State, plan: Plan) -> None:
     for chunk in plan.chunks:
         if chunk.new_blocks:
             chunk.seq.blocks += state.pool.allocate(chunk.new_blocks)
+        chunk.seq.computed = chunk.end
+        chunk.seq.in_flight += chunk.samples
 
 
-def apply_results(state: State, chunk: Chunk, token: int | None) -> str | None:
-    """Book a computed chunk and the token sampled after it (None when it does not sample).
+def apply_results(state: State, chunk: Chunk, token: int) -> str | None:
+    """Book the token sampled after a chunk.
 
     Returns the finish reason if the token ended the sequence, which has then left the state. The
     result of a sequence that was finished or aborted in the meantime is dropped (None).
@@ -255,10 +260,9 @@ def apply_results(state: State, chunk: Chunk, token: int | None) -> str | None:
     seq = chunk.seq
     if seq.finish_reason is not None:
         return None
-    assert seq.computed == chunk.start, f"{seq} got the result of a chunk from {chunk.start}"
-    assert (token is not None) == chunk.samples, f"{seq}: token {token}, samples {chunk.samples}"
-    seq.computed = chunk.end
-    reason = None if token is None else seq.accept(token)
+    assert chunk.samples, f"{seq}: token {token} of a chunk that does not sample"
+    seq.in_flight -= 1
+    reason = seq.accept(token)
     if reason is not None:
         finish(state, seq, reason)
     return reason

@@ -28,8 +28,7 @@ from squall.runtime.memory import (
 )
 from squall.runtime.messages import Load, ModelCard
 from squall.runtime.options import EngineOptions
-from squall.runtime.params import SamplingParams
-from squall.runtime.sampler import Sampler, SampleRow
+from squall.runtime.sampler import Sampler, demanding_rows
 from squall.runtime.scheduler import Limits
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -122,10 +121,7 @@ def _build(
     check_length(options, config.max_position)
     longest = options.max_seq_len or config.max_position
     model = checkpoint.decoder(device, dtype, longest, progress)
-    facts = _measure(model, options)
-    plan = plan_kv(options, facts, config.kv_bytes_per_token(dtype.itemsize), config.max_position)
-    cache = _cache(model, plan.blocks, options.pa_blk_size)
-    engine = Engine(model, cache, _limits(options, plan))
+    engine, plan, facts = start_engine(model, options, progress)
     card = ModelCard(
         name=checkpoint.files.name,
         created=int(time.time()),
@@ -138,9 +134,28 @@ def _build(
         max_seqs=options.max_seqs,
         max_queue=options.max_queue,
         weight_bytes=facts.weights,
-        kv_bytes=cache.nbytes,
+        kv_bytes=engine.cache.nbytes,
     )
     return engine, card
+
+
+def start_engine(
+    model: Decoder, options: EngineOptions, progress: Progress
+) -> tuple[Engine, KVPlan, MemoryFacts]:
+    """An engine for a loaded model: measure, size the KV cache, capture the decode step.
+
+    Raises OptionError, KVMemoryError.
+    """
+    check_options(options)
+    config = model.config
+    facts = _measure(model, options)
+    token_bytes = config.kv_bytes_per_token(model.dtype.itemsize)
+    plan = plan_kv(options, facts, token_bytes, config.max_position)
+    cache = _cache(model, plan.blocks, options.pa_blk_size)
+    engine = Engine(model, cache, _limits(options, plan))
+    if model.device.type == "cuda" and not options.enforce_eager:
+        engine.runner.capture(progress)
+    return engine, plan, facts
 
 
 def _limits(options: EngineOptions, plan: KVPlan) -> Limits:
@@ -185,9 +200,8 @@ def _probe_activations(model: Decoder, tokens: int, options: EngineOptions) -> i
     module.reset_peak_memory_stats(model.device)
     batch = probe_batch(tokens, options.max_seqs, options.pa_blk_size, model.device)
     logits = model(batch, cache)
-    params = SamplingParams(top_k=50, top_p=0.9, min_p=0.1, presence_penalty=0.5, logprobs=20)
-    rows = [SampleRow(params=params, prompt_ids=[0], output_ids=[]) for _ in logits]
-    Sampler(model.config.vocab_size, model.device).sample(logits, rows)
+    vocab_size = model.config.vocab_size
+    Sampler(vocab_size, model.device).sample(logits, demanding_rows(len(logits), vocab_size))
     peak = module.max_memory_allocated(model.device) - before
     del logits, batch, cache
     module.empty_cache()

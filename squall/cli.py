@@ -235,6 +235,11 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         type=integer(1),
         help=f"sequences computed at the same time (default: {_DEFAULTS.max_seqs})",
     )
+    engine(
+        "--enforce-eager",
+        action="store_true",
+        help="launch kernels one by one instead of replaying CUDA graphs (slower; for debugging)",
+    )
     _add_cache(parser)
     parser.add_argument(
         "--debug", action="store_true", help="detailed log, and tracebacks with errors"

@@ -37,13 +37,15 @@ def paged_attention(
     scale: float,
     window: int,
     softcap: float,
+    sinks: Tensor | None,
 ) -> Tensor:
     """``squall.kernels.attention.paged`` on the CPU; rows outside every sequence are zero."""
     native = _native_ops() if max_query_len == 1 and q.dtype == torch.float32 else None
     if native is not None and q.shape[0] == len(context_lens) and k_cache.dtype == q.dtype:
         return native.decode_attention(
-            q, k_cache, v_cache, block_tables, context_lens, max_context_len, scale, window, softcap
-        )
+            q, k_cache, v_cache, block_tables, context_lens, max_context_len, scale, window,
+            softcap, sinks,
+        )  # fmt: skip
     starts, contexts = query_start.tolist(), context_lens.tolist()
     whole = len(contexts) == 1 and starts[1] == q.shape[0] and contexts[0] > 0
     tables = block_tables.numpy()  # a view; indexing it is several times cheaper than a tensor's
@@ -60,7 +62,7 @@ def paged_attention(
         if k.dtype != q.dtype:
             k, v = k.to(q.dtype), v.to(q.dtype)
         rows = q if whole else q[begin:end]
-        values = _sequence(rows, k, v, scale, window, softcap)
+        values = _sequence(rows, k, v, scale, window, softcap, sinks)
         if whole:
             return values
         out[begin:end] = values
@@ -83,20 +85,28 @@ def _keys(cache: Tensor, used: list[int], first: int, end: int) -> Tensor:
     return cache.as_strided((heads, 1, end - first, dim), (dim, row, row, 1), offset)
 
 
-def _sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+def _sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
     """``q [n, H, D]``, the last n positions of ``k``, ``v`` ``[KV, 1, c, D]``, to dense [n, H, D].
 
     The first key is one that the first query sees.
     """
     n, heads, dim = q.shape
     kv_heads, _, context, _ = k.shape
-    if n == 1 and not softcap:
+    plain = not softcap and sinks is None
+    if n == 1 and plain:
         # Every key is visible. Heads of a group are the rows of one small problem a kv head.
         rows = q.reshape(kv_heads, 1, heads // kv_heads, dim)
         return F.scaled_dot_product_attention(rows, k, v, scale=scale).reshape(1, heads, dim)
-    attend = _softcapped if softcap else _fused
-    if n == context and not window and not softcap:
-        return attend(q, k, v, None, scale, softcap)
+    if n == context and not window and plain:
+        return _fused(q, k, v, None, scale)
     out = torch.empty((n, heads, dim), dtype=q.dtype)
     for low in range(0, n, _ROWS):
         high = min(n, low + _ROWS)
@@ -107,14 +117,12 @@ def _sequence(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softca
         visible = keys <= positions
         if window:
             visible &= keys > positions - window
-        chunk = k[:, :, first:end], v[:, :, first:end]
-        out[low:high] = attend(q[low:high], *chunk, visible, scale, softcap)
+        chunk = q[low:high], k[:, :, first:end], v[:, :, first:end], visible, scale
+        out[low:high] = _fused(*chunk) if plain else _explicit(*chunk, softcap, sinks)
     return out
 
 
-def _fused(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float
-) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     """SDPA; causal over all keys when ``visible`` is None. Kv heads are the batch dimension."""
     n, heads, dim = q.shape
     kv_heads = k.shape[0]
@@ -127,18 +135,28 @@ def _fused(
     return out.permute(2, 0, 1, 3).reshape(n, heads, dim)
 
 
-def _softcapped(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float, softcap: float
+def _explicit(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """SDPA has no softcap: scores as a matrix, float32."""
-    assert visible is not None
+    """Scores as a matrix, float32: SDPA has neither softcap nor sinks."""
     n, heads, dim = q.shape
     kv_heads, _, keys, _ = k.shape
     rows = q.float().view(n, kv_heads, -1, dim).permute(1, 2, 0, 3).reshape(kv_heads, -1, dim)
     k, v = k.squeeze(1).float(), v.squeeze(1).float()
-    scores = torch.bmm(rows, k.transpose(1, 2)).mul_(scale / softcap).tanh_().mul_(softcap)
+    scores = torch.bmm(rows, k.transpose(1, 2)).mul_(scale)
+    if softcap:
+        scores.div_(softcap).tanh_().mul_(softcap)
     scores = scores.view(kv_heads, -1, n, keys).masked_fill_(~visible, float("-inf"))
-    weights = scores.softmax(-1).view(kv_heads, -1, keys)
+    if sinks is not None:
+        sink = sinks.view(kv_heads, -1, 1, 1).expand(-1, -1, n, 1)
+        scores = torch.cat((scores, sink), -1)
+    weights = scores.softmax(-1)[..., :keys].reshape(kv_heads, -1, keys)
     values = torch.bmm(weights, v).view(kv_heads, -1, n, dim)
     return values.permute(2, 0, 1, 3).reshape(n, heads, dim).to(q.dtype)
 
@@ -185,10 +203,10 @@ def _describe(device: torch.device) -> str:
 def _native_ops() -> "CpuOps | None":
     """The native operators, brought in by the first call; None where they cannot be had."""
     from squall.kernels.native import cpu_ops  # imports the operators, which look here
-    from squall.kernels.native.build import Unavailable, torch_parallel
+    from squall.kernels.native.build import Unavailable
 
     try:
-        return cpu_ops.enable(torch_parallel())
+        return cpu_ops.enable()
     except Unavailable:
         return None  # the quantised product's warning tells why
 

@@ -21,8 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from squall.kernels.cache import cache_dir
 
 _FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-w")
@@ -47,22 +45,6 @@ class _Compiler:
         parts = [source.read_bytes() for source in sources]
         parts += [repr((self.command, self.flags)).encode(), self.macros]
         return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
-
-
-def torch_parallel() -> int | None:
-    """Address of ``GOMP_parallel`` as torch itself finds it; None where torch has no such thing.
-
-    GCC's runtime, and LLVM's and Intel's in its place, export it. Libraries loaded for all come
-    first, as for torch: a preloaded runtime wins.
-    """
-    torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu"
-    for name in (None, f"{torch_cpu}.so", f"{torch_cpu}.dylib"):
-        try:
-            scope = ctypes.CDLL(name, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
-            return ctypes.cast(scope.GOMP_parallel, ctypes.c_void_p).value
-        except (OSError, AttributeError):
-            continue
-    return None
 
 
 def load_library(sources: tuple[Path, ...], flags: tuple[str, ...] = ()) -> ctypes.CDLL:

@@ -1,9 +1,8 @@
 /* Small float32 operators of a decoder block, for the CPU.
  *
- * A decode step on a CPU runs hundreds of operators on a few kilobytes each, where every ATen call
- * costs more than its arithmetic. These do one operator in one call. Rows are shared out over
- * OpenMP threads only where there are enough of them to pay for waking the threads; `parallel` is
- * the address of GOMP_parallel in torch's OpenMP runtime, or null.
+ * A decode step on a CPU runs a hundred operators on a few kilobytes each, where every ATen call
+ * costs more than its arithmetic. These do one operator in one call. Rows are shared out over the
+ * team's threads (team.c) only where there are enough of them to pay for it.
  *
  * Strides are in elements. All tensors are float32 unless said otherwise.
  */
@@ -13,144 +12,81 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef void (*parallel_fn)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
-typedef void (*task_fn)(const void *args, int64_t begin, int64_t end);
+#include "cpu_math.h"
+#include "team.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef void (*Range)(const void *args, int64_t begin, int64_t end);
 
 typedef struct {
-    task_fn task;
+    Range range;
     const void *args;
-    int64_t count, grain, next;
-} Work;
+    int64_t count, pieces;
+} Split;
 
-static void drain(void *data)
+static void run_piece(const void *data, int64_t piece)
 {
-    Work *work = data;
-    for (;;) {
-        int64_t begin = __atomic_fetch_add(&work->next, work->grain, __ATOMIC_RELAXED);
-        if (begin >= work->count)
-            return;
-        int64_t end = begin + work->grain;
-        work->task(work->args, begin, end < work->count ? end : work->count);
-    }
+    const Split *s = data;
+    s->range(s->args, piece_begin(piece, s->pieces, s->count),
+             piece_begin(piece + 1, s->pieces, s->count));
 }
 
-/* Run task over [0, count) in pieces of `grain`, on up to `threads` threads. */
-static void run(parallel_fn parallel, int threads, int64_t count, int64_t grain, task_fn task,
+/* Run range over [0, count), in pieces of at least `grain` items. */
+static void run(TeamRun team, int threads, int64_t count, int64_t grain, Range range,
                 const void *args)
 {
-    if (!parallel || threads < 2 || count <= grain) {
-        task(args, 0, count);
+    if (count <= grain) {
+        range(args, 0, count);
         return;
     }
-    Work work = {task, args, count, grain, 0};
-    int64_t pieces = (count + grain - 1) / grain;
-    parallel(drain, &work, pieces < threads ? (unsigned)pieces : (unsigned)threads, 0);
+    Split split = {range, args, count, pieces_of((count + grain - 1) / grain, threads)};
+    team(run_piece, &split, split.pieces, threads);
 }
 
-/* e^x to about 1e-7 relative: 2^n times a degree-6 polynomial on [-ln2/2, ln2/2] (Cephes). */
-static inline float exp_fast(float x)
+/* ---- RMS norm: y = x / sqrt(mean(x^2) + eps) * weight ----------------------------------------- */
+
+INLINE float norm_factor(const float *x, int64_t dim, float eps)
 {
-    x = x > 88.0f ? 88.0f : x;
-    x = x < -87.0f ? -87.0f : x;
-    float n = rintf(x * 1.44269504088896341f);
-    float r = x - n * 0.693359375f;
-    r = r + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    union { int32_t i; float f; } power = {((int32_t)n + 127) << 23};
-    return p * power.f;
+    float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < dim; i++)
+        squares += x[i] * x[i];
+    return 1.0f / sqrtf(squares / (float)dim + eps);
 }
-
-/* ---- RMS norm: out = x / sqrt(mean(x^2) + eps) * weight, over rows [outer, inner, dim] -------- */
 
 typedef struct {
-    const float *x, *residual, *weight;
-    float *out, *sum;
-    int64_t inner, dim, outer_stride, inner_stride;
+    const float *x, *weight;
+    float *y;
+    int64_t dim, stride;
     float eps;
+    int add;
 } Norm;
 
 static void norm_rows(const void *data, int64_t begin, int64_t end)
 {
     const Norm *a = data;
-    const int64_t dim = a->dim;
     for (int64_t row = begin; row < end; row++) {
-        const float *x = a->x + row / a->inner * a->outer_stride + row % a->inner * a->inner_stride;
-        float *out = a->out + row * dim;
-        float squares = 0.0f;
-        if (a->residual) {
-            const float *residual = a->residual + row * dim;
-            float *sum = a->sum + row * dim;
-#pragma omp simd reduction(+ : squares)
-            for (int64_t i = 0; i < dim; i++) {
-                float value = x[i] + residual[i];
-                sum[i] = value;
-                squares += value * value;
-            }
-            x = sum;
-        } else {
-#pragma omp simd reduction(+ : squares)
-            for (int64_t i = 0; i < dim; i++)
-                squares += x[i] * x[i];
-        }
-        const float factor = 1.0f / sqrtf(squares / (float)dim + a->eps);
+        const float *x = a->x + row * a->stride;
+        float *y = a->y + row * a->dim;
+        const float factor = norm_factor(x, a->dim, a->eps);
+        if (a->add)
 #pragma omp simd
-        for (int64_t i = 0; i < dim; i++)
-            out[i] = x[i] * factor * a->weight[i];
+            for (int64_t i = 0; i < a->dim; i++)
+                y[i] += x[i] * factor * a->weight[i];
+        else
+#pragma omp simd
+            for (int64_t i = 0; i < a->dim; i++)
+                y[i] = x[i] * factor * a->weight[i];
     }
 }
 
-/* x [rows / inner, inner, dim] by its strides; residual, sum (both or neither) and out are dense. */
-void squall_rms_norm(void *parallel, int threads, const float *x, const float *residual,
-                     const float *weight, float *out, float *sum, int64_t rows, int64_t inner,
-                     int64_t dim, int64_t outer_stride, int64_t inner_stride, float eps)
+/* y [rows, dim], dense, is the norm of x's rows, or has it added. */
+void squall_rms_norm(TeamRun team, int threads, const float *x, const float *weight, float *y,
+                     int64_t rows, int64_t dim, int64_t stride, float eps, int add)
 {
-    Norm args = {x, residual, weight, out, sum, inner, dim, outer_stride, inner_stride, eps};
-    run((parallel_fn)parallel, threads, rows, 1 + 32768 / dim, norm_rows, &args);
-}
-
-/* ---- Rope: rotate the first `rotary` elements of every head, half-split layout ---------------- */
-
-typedef struct {
-    const float *x, *table;
-    const int64_t *positions;
-    float *out;
-    int64_t heads, dim, rotary, token_stride, head_stride;
-} Rope;
-
-static void rope_tokens(const void *data, int64_t begin, int64_t end)
-{
-    const Rope *a = data;
-    const int64_t half = a->rotary / 2;
-    for (int64_t t = begin; t < end; t++) {
-        const float *cosine = a->table + a->positions[t] * a->rotary, *sine = cosine + half;
-        for (int64_t h = 0; h < a->heads; h++) {
-            const float *x = a->x + t * a->token_stride + h * a->head_stride;
-            float *out = a->out + (t * a->heads + h) * a->dim;
-#pragma omp simd
-            for (int64_t i = 0; i < half; i++) {
-                float low = x[i], high = x[i + half];
-                out[i] = low * cosine[i] - high * sine[i];
-                out[i + half] = high * cosine[i] + low * sine[i];
-            }
-            memcpy(out + a->rotary, x + a->rotary, (size_t)(a->dim - a->rotary) * sizeof(float));
-        }
-    }
-}
-
-/* x [tokens, heads, dim] by its strides, positions int64 [tokens], table [P, rotary] with cos in
- * the first half of a row and sin in the second; out is dense. */
-void squall_rope(void *parallel, int threads, const float *x, const int64_t *positions,
-                 const float *table, float *out, int64_t tokens, int64_t heads, int64_t dim,
-                 int64_t rotary, int64_t token_stride, int64_t head_stride)
-{
-    Rope args = {x, table, positions, out, heads, dim, rotary, token_stride, head_stride};
-    run((parallel_fn)parallel, threads, tokens, 1 + 16384 / (heads * dim), rope_tokens, &args);
+    Norm args = {x, weight, y, dim, stride, eps, add};
+    run(team, threads, rows, 1 + 32768 / dim, norm_rows, &args);
 }
 
 /* ---- Gated activations: out = act(gate) * up, x [rows, 2 * width] dense ----------------------- */
@@ -169,7 +105,7 @@ static void silu_rows(const void *data, int64_t begin, int64_t end)
         float *out = a->out + row * a->width;
 #pragma omp simd
         for (int64_t i = 0; i < a->width; i++)
-            out[i] = gate[i] / (1.0f + exp_fast(-gate[i])) * up[i];
+            out[i] = silu(gate[i]) * up[i];
     }
 }
 
@@ -180,46 +116,94 @@ static void gelu_tanh_rows(const void *data, int64_t begin, int64_t end)
         const float *gate = a->x + row * 2 * a->width, *up = gate + a->width;
         float *out = a->out + row * a->width;
 #pragma omp simd
-        for (int64_t i = 0; i < a->width; i++) {
-            float g = gate[i];
-            float inner = 0.7978845608028654f * (g + 0.044715f * g * g * g);
-            /* 0.5 (1 + tanh z) = 1 / (1 + e^-2z) */
-            out[i] = g / (1.0f + exp_fast(-2.0f * inner)) * up[i];
-        }
+        for (int64_t i = 0; i < a->width; i++)
+            out[i] = gelu_tanh(gate[i]) * up[i];
     }
 }
 
-void squall_gated(void *parallel, int threads, int gelu, const float *x, float *out, int64_t rows,
+void squall_gated(TeamRun team, int threads, int gelu, const float *x, float *out, int64_t rows,
                   int64_t width)
 {
     Gate args = {x, out, width};
-    run((parallel_fn)parallel, threads, rows, 1 + 8192 / width, gelu ? gelu_tanh_rows : silu_rows,
-        &args);
+    run(team, threads, rows, 1 + 8192 / width, gelu ? gelu_tanh_rows : silu_rows, &args);
 }
 
-/* ---- KV store: token rows into cache slots; a negative slot is skipped ------------------------ */
+/* ---- Head norms, rotary embedding and the write to the cache ---------------------------------- */
 
-void squall_store_kv(const float *k, const float *v, float *k_cache, float *v_cache,
-                     const int64_t *slots, int64_t tokens, int64_t heads, int64_t dim,
-                     int64_t k_token_stride, int64_t k_head_stride, int64_t v_token_stride,
-                     int64_t v_head_stride)
+typedef struct {
+    const float *qkv, *q_norm, *k_norm, *table;
+    const void *positions, *slots;
+    float *k_cache, *v_cache, *q;
+    int64_t heads, kv_heads, dim, rotary, stride;
+    float eps;
+    int wide_positions, wide_slots; /* int64, else int32 */
+} RopeStore;
+
+INLINE int64_t index_at(const void *array, int wide, int64_t i)
 {
-    const size_t bytes = (size_t)dim * sizeof(float);
-    for (int64_t t = 0; t < tokens; t++) {
-        if (slots[t] < 0)
-            continue;
-        for (int64_t h = 0; h < heads; h++) {
-            int64_t to = (slots[t] * heads + h) * dim;
-            memcpy(k_cache + to, k + t * k_token_stride + h * k_head_stride, bytes);
-            memcpy(v_cache + to, v + t * v_token_stride + h * v_head_stride, bytes);
+    return wide ? ((const int64_t *)array)[i] : ((const int32_t *)array)[i];
+}
+
+/* `heads` heads of one token: norm, then rotate the first `rotary` elements, half-split. */
+static void turn_heads(const RopeStore *a, const float *x, const float *norm, const float *cosine,
+                       float *out, int64_t heads)
+{
+    const int64_t dim = a->dim, half = a->rotary / 2;
+    const float *sine = cosine + half;
+    for (int64_t h = 0; h < heads; h++, x += dim, out += dim) {
+        const float *from = x;
+        if (norm) {
+            const float factor = norm_factor(x, dim, a->eps);
+#pragma omp simd
+            for (int64_t i = 0; i < dim; i++)
+                out[i] = x[i] * factor * norm[i];
+            from = out;
+        } else {
+            memcpy(out + a->rotary, x + a->rotary, (size_t)(dim - a->rotary) * sizeof *out);
+        }
+#pragma omp simd
+        for (int64_t i = 0; i < half; i++) {
+            float low = from[i], high = from[i + half];
+            out[i] = low * cosine[i] - high * sine[i];
+            out[i + half] = high * cosine[i] + low * sine[i];
         }
     }
+}
+
+static void rope_store_tokens(const void *data, int64_t begin, int64_t end)
+{
+    const RopeStore *a = data;
+    const int64_t q_size = a->heads * a->dim, kv_size = a->kv_heads * a->dim;
+    for (int64_t t = begin; t < end; t++) {
+        const float *q = a->qkv + t * a->stride, *k = q + q_size, *v = k + kv_size;
+        const float *cosine = a->table + index_at(a->positions, a->wide_positions, t) * a->rotary;
+        const int64_t slot = index_at(a->slots, a->wide_slots, t);
+        turn_heads(a, q, a->q_norm, cosine, a->q + t * q_size, a->heads);
+        if (slot < 0)
+            continue;
+        turn_heads(a, k, a->k_norm, cosine, a->k_cache + slot * kv_size, a->kv_heads);
+        memcpy(a->v_cache + slot * kv_size, v, (size_t)kv_size * sizeof *v);
+    }
+}
+
+/* qkv [tokens, (heads + 2 kv_heads) dim] by its row stride; norms [dim] or null; table
+ * [positions, rotary]: cosines, then sines; caches [slots, kv_heads, dim]; q [tokens, heads, dim].
+ * A negative slot stores nothing. */
+void squall_rope_store(TeamRun team, int threads, const float *qkv, const float *q_norm,
+                       const float *k_norm, float eps, const void *positions, int wide_positions,
+                       const float *table, float *k_cache, float *v_cache, const void *slots,
+                       int wide_slots, float *q, int64_t tokens, int64_t heads, int64_t kv_heads,
+                       int64_t dim, int64_t rotary, int64_t stride)
+{
+    RopeStore args = {qkv, q_norm, k_norm, table, positions, slots, k_cache, v_cache, q, heads,
+                      kv_heads, dim, rotary, stride, eps, wide_positions, wide_slots};
+    run(team, threads, tokens, 1 + 16384 / (heads * dim), rope_store_tokens, &args);
 }
 
 /* ---- Decode attention: one query token a sequence over its cache blocks ----------------------- */
 
 typedef struct {
-    const float *q, *k_cache, *v_cache;
+    const float *q, *k_cache, *v_cache, *sinks;
     const int32_t *tables, *contexts;
     float *out, *scores;
     int64_t heads, kv_heads, dim, block_size, table_stride, token_stride, head_stride, room;
@@ -227,7 +211,6 @@ typedef struct {
     float scale, softcap;
 } Decode;
 
-#define INLINE static inline __attribute__((always_inline))
 #define WIDE 8 /* floats the compiler keeps in one vector register, or in two */
 typedef float Vec __attribute__((vector_size(4 * WIDE)));
 
@@ -291,9 +274,10 @@ INLINE void mix_values(const Decode *a, const int32_t *table, const float *weigh
     }
 }
 
-static void softmax(float *row, int64_t count, float softcap)
+/* Softmax of row[count] and, where given, of one more score that is no key's. */
+static void softmax(float *row, int64_t count, float softcap, const float *sink)
 {
-    float top = -INFINITY, sum = 0.0f;
+    float top = sink ? *sink : -INFINITY, sum = 0.0f;
     for (int64_t j = 0; j < count; j++) {
         if (softcap > 0.0f)
             row[j] = softcap * tanhf(row[j] / softcap);
@@ -304,6 +288,8 @@ static void softmax(float *row, int64_t count, float softcap)
         row[j] = exp_fast(row[j] - top);
         sum += row[j];
     }
+    if (sink)
+        sum += exp_fast(*sink - top);
     const float share = 1.0f / sum;
 #pragma omp simd
     for (int64_t j = 0; j < count; j++)
@@ -318,7 +304,7 @@ INLINE void decode_head(const Decode *a, int64_t s, int64_t head, float *scores,
     const int32_t *table = a->tables + s * a->table_stride;
     const float *q = a->q + s * a->token_stride + head * a->head_stride;
     score_keys(a, table, q, kv, first, context - first, scores, dim);
-    softmax(scores, context - first, a->softcap);
+    softmax(scores, context - first, a->softcap, a->sinks ? a->sinks + head : NULL);
     mix_values(a, table, scores, kv, first, context - first,
                a->out + (s * a->heads + head) * dim, dim);
 }
@@ -339,23 +325,23 @@ static void decode_heads(const void *data, int64_t begin, int64_t end)
 }
 
 /* q [seqs, heads, dim] by its strides; caches [blocks, block_size, kv_heads, dim] dense; tables
- * int32 [seqs, *], contexts int32 [seqs], all at least 1; out dense. `longest` bounds the contexts.
- * Returns 0, or 1 when there is no memory for the scores. */
-int squall_decode_attention(void *parallel, int threads, const float *q, const float *k_cache,
+ * int32 [seqs, *], contexts int32 [seqs]; sinks [heads] or null; out dense. `longest` bounds the
+ * contexts. Returns 0, or 1 when there is no memory for the scores. */
+int squall_decode_attention(TeamRun team, int threads, const float *q, const float *k_cache,
                             const float *v_cache, const int32_t *tables, const int32_t *contexts,
-                            float *out, int64_t seqs, int64_t heads, int64_t kv_heads, int64_t dim,
-                            int64_t block_size, int64_t table_stride, int64_t token_stride,
-                            int64_t head_stride, int64_t longest, int64_t window, float scale,
-                            float softcap)
+                            const float *sinks, float *out, int64_t seqs, int64_t heads,
+                            int64_t kv_heads, int64_t dim, int64_t block_size,
+                            int64_t table_stride, int64_t token_stride, int64_t head_stride,
+                            int64_t longest, int64_t window, float scale, float softcap)
 {
     float *scores = malloc((size_t)(seqs * heads * longest) * sizeof(float));
     if (!scores)
         return 1;
-    Decode args = {q, k_cache, v_cache, tables, contexts, out, scores, heads, kv_heads, dim,
+    Decode args = {q, k_cache, v_cache, sinks, tables, contexts, out, scores, heads, kv_heads, dim,
                    block_size, table_stride, token_stride, head_stride, longest, window, scale,
                    softcap};
     int64_t work = 2 * dim * longest; /* multiplications of a head */
-    run((parallel_fn)parallel, threads, seqs * heads, 1 + 524288 / work, decode_heads, &args);
+    run(team, threads, seqs * heads, 1 + 524288 / work, decode_heads, &args);
     free(scores);
     return 0;
 }

@@ -1,10 +1,9 @@
 """Quantised matmul on the CPU in C, compiled at first use for this very machine.
 
 ``enable()`` builds ``cpu_quant.c`` (:mod:`squall.kernels.native.build` says how and where) and
-lets it run ``squall::quant_matmul`` and ``squall::dequantize_rows`` on CPU tensors. Without a
-compiler the torch reference stays, which gives the same results many times slower: ``enable()``
-says so in one line, and logs it once. The library has no threads of its own, it uses those of
-torch's OpenMP runtime, as many as ``torch.get_num_threads()``.
+lets it run the operators of :mod:`squall.kernels.quant.matmul` on CPU tensors. Without a compiler
+the torch references stay, which give the same results many times slower: ``enable()`` says so in
+one line, and logs it once. As many threads work as ``torch.get_num_threads()`` says.
 """
 
 import ctypes
@@ -13,24 +12,36 @@ import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from squall.kernels.native.build import Unavailable, load_library, torch_parallel
+from squall.kernels import native
+from squall.kernels.native.build import Unavailable, load_library
+from squall.kernels.native.team import team
 from squall.kernels.op import override
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.matmul import (
     check_columns,
+    check_matmul_add,
+    check_norm_matmul,
     dequantize_rows_reference,
+    quant_matmul_add_reference,
     quant_matmul_reference,
+    quant_norm_matmul_reference,
     row_weights,
 )
 
-_FILES = ("cpu_quant.c", "cpu_quant_formats.h", "cpu_quant_single.h")
-_SOURCES = tuple(Path(__file__).with_name(n) for n in _FILES)
-_FLAGS = ("-ffp-contract=off", "-fno-strict-aliasing")
+_FOLDER, _NATIVE = Path(__file__).parent, Path(native.__file__).parent
+_SOURCES = (
+    *(_FOLDER / name for name in ("cpu_quant.c", "cpu_quant_formats.h", "cpu_quant_rows.h")),
+    *(_NATIVE / name for name in ("cpu_math.h", "team.h")),
+)
+_FLAGS = ("-ffp-contract=off", "-fno-strict-aliasing", "-fno-math-errno", "-fno-trapping-math")
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_EPILOGUES = {"none": 0, "silu": 1, "gelu_tanh": 2}
+_ADD = 3
 _NO_MEMORY, _NO_ROW = 1, 3
 _LOCK = threading.Lock()
 _log = logging.getLogger(__name__)
@@ -50,15 +61,12 @@ def enable() -> str | None:
 @functools.cache
 def _enabled() -> str | None:
     try:
-        library = _load()
+        library, threads = _load(), team()
     except (Unavailable, OSError) as error:
         _log.warning("quantised models will be slow on this CPU: %s", error)
         return str(error)
-    parallel = torch_parallel()
-    if parallel is None:
-        _log.warning("quantised models use one thread: torch shares no OpenMP runtime here")
-    override("quant_matmul", "CPU", _matmul(library, parallel))
-    override("dequantize_rows", "CPU", _dequantize(library))
+    for name, function in operators(library, threads).items():
+        override(name, "CPU", function)
     return None
 
 
@@ -71,7 +79,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     address, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     library.squall_block_bytes.argtypes = [number]
     library.squall_quant_matmul.argtypes = [
-        address, number, address, number, address, size, address, size, size, size, number,
+        address, number, number, address, size, size, size, size, address, number, address,
+        ctypes.c_float, number, address, number, number,
     ]  # fmt: skip
     library.squall_dequantize.argtypes = [
         number, address, size, size, address, size, size, address, number,
@@ -88,35 +97,102 @@ def _row_sizes(library: ctypes.CDLL) -> dict[int, tuple[int, int]]:
     }
 
 
-def _matmul(library: ctypes.CDLL, parallel: int | None) -> Callable[[Tensor, Tensor, int], Tensor]:
-    # Locals: a call must cost little beside the microseconds of a small product.
-    run, sizes, floats, no_memory = (
-        library.squall_quant_matmul, _row_sizes(library), _FLOATS, _NO_MEMORY,
-    )  # fmt: skip
+def operators(library: ctypes.CDLL, run: int) -> dict[str, Callable[..., Any]]:
+    """The operators by name; ``run`` is the address of ``squall_team_run``."""
+    return {
+        "quant_matmul": _matmul(library, run),
+        "quant_norm_matmul": _norm_matmul(library, run),
+        "quant_matmul_add": _matmul_add(library, run),
+        "dequantize_rows": _dequantize(library),
+    }
+
+
+# Locals below: a call must cost little beside the microseconds of a small product.
+
+
+def _matmul(library: ctypes.CDLL, run: int) -> Callable[[Tensor, Tensor, int], Tensor]:
+    product, sizes, floats = library.squall_quant_matmul, _row_sizes(library), _FLOATS
     get_num_threads = torch.get_num_threads
 
     def quant_matmul(x: Tensor, raw: Tensor, ggml_type: int) -> Tensor:
-        """``squall.kernels.quant.matmul`` on the CPU."""
         size, dtype = sizes.get(ggml_type), floats.get(x.dtype)
         if size is None or dtype is None or not x.numel():
             return quant_matmul_reference(x, raw, ggml_type)  # only it has this format or dtype
-        (*leading, k), (n, stride) = x.shape, raw.shape
-        if k * size[1] != stride * size[0] or raw.dtype != torch.uint8:
+        (*leading, k), n = x.shape, raw.shape[0]
+        if k * size[1] != raw.shape[1] * size[0] or raw.dtype != torch.uint8:
             check_columns(x, raw, ggml_type)
-        x = x.contiguous()
-        if not raw.is_contiguous():
-            raw = raw if raw.stride(1) == 1 else raw.contiguous()
-            stride = raw.stride(0)
+        x, raw = x.contiguous(), _dense_rows(raw)
         y = x.new_empty((*leading, n))
-        status = run(
-            parallel, ggml_type, x.data_ptr(), dtype, raw.data_ptr(), stride, y.data_ptr(),
-            x.numel() // k, n, k, get_num_threads(),
+        status = product(
+            run, get_num_threads(), ggml_type, raw.data_ptr(), raw.stride(0), x.numel() // k, n, k,
+            x.data_ptr(), dtype, None, 0.0, 0, y.data_ptr(), dtype, 0,
         )  # fmt: skip
-        if status == no_memory:
-            raise MemoryError(f"no memory for {x.numel()} rounded activations")
+        _check(status, x)
         return y
 
     return quant_matmul
+
+
+def _norm_matmul(library: ctypes.CDLL, run: int) -> Callable[..., Tensor]:
+    product, sizes, floats = library.squall_quant_matmul, _row_sizes(library), _FLOATS
+    get_num_threads, epilogues, f32 = torch.get_num_threads, _EPILOGUES, torch.float32
+
+    def quant_norm_matmul(
+        stream: Tensor,
+        norm: Tensor,
+        eps: float,
+        raw: Tensor,
+        ggml_type: int,
+        activation: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        size, code, epilogue = sizes.get(ggml_type), floats.get(dtype), epilogues.get(activation)
+        if size is None or code is None or epilogue is None or not stream.numel():
+            return quant_norm_matmul_reference(stream, norm, eps, raw, ggml_type, activation, dtype)
+        m, k = stream.shape
+        n, row_bytes = raw.shape
+        if k * size[1] != row_bytes * size[0] or n & 1 or stream.dtype != f32:
+            check_norm_matmul(stream, raw, ggml_type, activation)
+        stream, raw = stream.contiguous(), _dense_rows(raw)
+        y = torch.empty((m, n // 2 if epilogue else n), dtype=dtype)
+        status = product(
+            run, get_num_threads(), ggml_type, raw.data_ptr(), raw.stride(0), m, n, k,
+            stream.data_ptr(), 0, norm.data_ptr(), eps, code, y.data_ptr(), code, epilogue,
+        )  # fmt: skip
+        _check(status, stream)
+        return y
+
+    return quant_norm_matmul
+
+
+def _matmul_add(library: ctypes.CDLL, run: int) -> Callable[[Tensor, Tensor, int, Tensor], None]:
+    product, sizes, floats = library.squall_quant_matmul, _row_sizes(library), _FLOATS
+    get_num_threads = torch.get_num_threads
+
+    def quant_matmul_add(x: Tensor, raw: Tensor, ggml_type: int, stream: Tensor) -> None:
+        dtype = floats.get(x.dtype)
+        if ggml_type not in sizes or dtype is None or not x.numel():
+            return quant_matmul_add_reference(x, raw, ggml_type, stream)
+        check_matmul_add(x, raw, ggml_type, stream)
+        x, raw = x.contiguous(), _dense_rows(raw)
+        n, k = raw.shape[0], x.shape[-1]
+        status = product(
+            run, get_num_threads(), ggml_type, raw.data_ptr(), raw.stride(0), x.numel() // k, n, k,
+            x.data_ptr(), dtype, None, 0.0, 0, stream.data_ptr(), 0, _ADD,
+        )  # fmt: skip
+        return _check(status, x)
+
+    return quant_matmul_add
+
+
+def _dense_rows(raw: Tensor) -> Tensor:
+    """``raw``, or a copy where the bytes of a row are not side by side."""
+    return raw if raw.is_contiguous() or raw.stride(1) == 1 else raw.contiguous()
+
+
+def _check(status: int, x: Tensor) -> None:
+    if status == _NO_MEMORY:
+        raise MemoryError(f"no memory for {x.numel()} rounded activations")
 
 
 def _dequantize(library: ctypes.CDLL) -> Callable[[Tensor, Tensor, int, torch.dtype], Tensor]:

@@ -13,13 +13,18 @@
  * and the floating-point additions of one (m, n) always run over g in order: a row's result does
  * not depend on M, N, the rows beside it or the number of threads.
  *
+ * What surrounds a product in a decoder layer is done on the way, where the values already are:
+ * the RMS norm of x as it is rounded, and the gated activation or the addition to the residual
+ * stream as y is written.
+ *
  * Block layouts: ggml's, as documented by the gguf package. Compile with -ffp-contract=off:
  * dequantisation must round after every operation. Little-endian machines only.
  */
-#include <math.h>
 #include <stdlib.h>
 
-#include "cpu_quant_formats.h"
+#include "../native/cpu_math.h"
+#include "../native/team.h"
+#include "cpu_quant_rows.h"
 
 #define PANEL (NV * LANES)  /* weight rows in a panel */
 #define CHUNK 512           /* weights of a row unpacked at a time: a multiple of every block */
@@ -27,8 +32,6 @@
 #define BLOCK_M 128         /* activation rows that share one unpacking */
 #define SERIAL_X (1 << 15)  /* so many activations one thread rounds while the others wait */
 #define SERIAL_XW (1 << 16) /* and so many products it forms before the others would be awake */
-
-typedef enum { F32 = 0, BF16 = 1, F16 = 2 } FloatType;
 
 /* name, ggml's type code, weights and bytes a block, weights a group, has minimums */
 #define FORMATS(X)               \
@@ -43,10 +46,25 @@ typedef enum { F32 = 0, BF16 = 1, F16 = 2 } FloatType;
     X(q5_k, 13, 256, 176, 32, 1) \
     X(q6_k, 14, 256, 210, 16, 0)
 
+typedef struct Job Job;
 typedef struct {
     int type, elements, bytes, group, has_min;
     void (*unpack)(const Bytes *, int, int64_t, V *, F *, F *);
+    void (*single)(const Job *, int64_t, F *);
 } Format;
+
+typedef enum { STORE = 0, SILU = 1, GELU_TANH = 2, ADD = 3 } Epilogue;
+
+struct Job {
+    const Format *format;
+    Rows x;
+    Bytes w;
+    void *y;
+    int64_t N, stride, columns; /* rows of w, bytes between them, columns of y */
+    int64_t items, pieces;
+    FloatType type; /* of y */
+    Epilogue epilogue;
+};
 
 /* name_blocks(): `count` blocks of LANES rows, fetching those `ahead` bytes on into L2: so many
  * short runs at once are too much for the hardware's prefetcher. */
@@ -68,8 +86,49 @@ typedef struct {
     }
 FORMATS(DEFINE)
 
+/* The row of w that row n of a panel stands for: rows past the last one repeat it. */
+INLINE Bytes row_of(const Job *j, int64_t n) {
+    return j->w + (n < j->N ? n : j->N - 1) * j->stride;
+}
+
+/* total + scale * xs * dot + min * sum for one group of one activation row. */
+INLINE F add_group(F total, const V *q, F scale, F min, const int16_t *x, float xs, float sum,
+                   int steps, int has_min) {
+    V dot[4] = {{0}}; /* exact in any order: four chains hide the latency */
+    UNROLL
+    for (int s = 0; s < steps; s++) dot[s % 4] = madd(dot[s % 4], q[s * NV], spread(x + 2 * s));
+    total = multiply_add(to_float(dot[0] + dot[1] + (dot[2] + dot[3])), scale * xs, total);
+    return has_min ? multiply_add(min, spread_float(sum), total) : total;
+}
+
+/* name_single(): the only activation row times rows n ... n + LANES - 1 of w. With one use, what
+ * is unpacked stays in registers; the arithmetic is that of multiply_tile(). */
+#define DEFINE_SINGLE(name, code, elements, bytes, group, has_min)                       \
+    static void name##_single(const Job *j, int64_t n, F *y) {                           \
+        const int16_t *x = j->x.q;                                                       \
+        const float *xs = j->x.scales, *sums = j->x.sums;                                \
+        Bytes p[LANES];                                                                  \
+        F total = {0};                                                                   \
+        for (int r = 0; r < LANES; r++) p[r] = row_of(j, n + r);                         \
+        for (int64_t k = 0; k < j->x.K; k += elements) {                                 \
+            V q[elements / 2 * NV];                                                      \
+            F scale[elements / group * NV], min[elements / group * NV];                  \
+            UNROLL for (int r = 0; r < LANES; r++)                                       \
+                for (int at = 0; at < bytes; at += 64)                                   \
+                    __builtin_prefetch(p[r] + LANES * j->stride + at, 0, 2);             \
+            name(p, q, scale, min);                                                      \
+            UNROLL for (int r = 0; r < LANES; r++) p[r] += bytes;                        \
+            for (int g = 0; g < elements / group; g++, x += group)                       \
+                total = add_group(total, q + g * group / 2 * NV, scale[g * NV],          \
+                                  min[g * NV], x, xs[(k + g * group) / 32], *sums++,     \
+                                  group / 2, has_min);                                   \
+        }                                                                                \
+        *y = total;                                                                      \
+    }
+FORMATS(DEFINE_SINGLE)
+
 #define ROW(name, code, elements, bytes, group, has_min) \
-    {code, elements, bytes, group, has_min, name##_blocks},
+    {code, elements, bytes, group, has_min, name##_blocks, name##_single},
 static const Format formats[] = {FORMATS(ROW)};
 
 static const Format *find_format(int type, int64_t K) {
@@ -84,121 +143,15 @@ typedef struct {
     F scale[CHUNK / 16 * NV], min[CHUNK / 16 * NV];
 } Panel;
 
-typedef struct Job Job;
-typedef void (*Single)(const Job *, int64_t, float *);
-struct Job {
-    const Format *format;
-    const void *x;
-    Bytes w;
-    void *y;
-    int64_t M, N, K, stride;
-    int64_t next_row, next_item; /* what no thread has taken yet */
-    FloatType type;
-    int threads;
-    int16_t *xq; /* [M, K], in the order of a format's steps */
-    float *xs;   /* [M, K / 32] scales */
-    float *sums; /* [M, K / group] of the rounded values */
-    Single single;    /* for M = 1 where this machine has one for the format */
-    int16_t *natural; /* [K]: then, the activations in their natural order */
-};
-
-/* ---- activations --------------------------------------------------------------------------- */
-
-INLINE uint32_t float_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
-}
-
-INLINE float bits_float(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-INLINE void load_floats(const void *src, FloatType type, int64_t at, float out[32]) {
-    if (type == F32) {
-        memcpy(out, (const float *)src + at, 32 * sizeof *out);
-    } else if (type == BF16) {
-        const uint16_t *p = (const uint16_t *)src + at;
-        for (int i = 0; i < 32; i++) out[i] = bits_float((uint32_t)p[i] << 16);
-    } else {
-        for (int i = 0; i < 32; i += LANES) {
-            V bits;
-            for (int l = 0; l < LANES; l++) bits[l] = ((const uint16_t *)src)[at + i + l];
-            F value = half_lanes(bits);
-            memcpy(out + i, &value, sizeof value);
-        }
-    }
-}
-
-static uint16_t to_bf16(float value) {
-    uint32_t bits = float_bits(value);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40); /* quiet NaN */
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-static uint16_t to_half(float value) { /* round to nearest even */
-    uint32_t bits = float_bits(value), sign = bits >> 16 & 0x8000, mag = bits & 0x7fffffff;
-    if (mag > 0x7f800000) return (uint16_t)(sign | 0x7e00);
-    if (mag >= 0x47800000) return (uint16_t)(sign | 0x7c00);
-    if (mag < 0x38800000) /* subnormal: adding 0.5 shifts and rounds the magnitude */
-        return (uint16_t)(sign | (float_bits(bits_float(mag) + 0.5f) - 0x3f000000));
-    return (uint16_t)(sign | ((mag + 0xfff + (mag >> 13 & 1) - 0x38000000) >> 13));
-}
-
-INLINE void store_float(void *dst, FloatType type, int64_t at, float value) {
-    if (type == F32) ((float *)dst)[at] = value;
-    if (type == BF16) ((uint16_t *)dst)[at] = to_bf16(value);
-    if (type == F16) ((uint16_t *)dst)[at] = to_half(value);
-}
-
-/* Row m of x to int16. A group of 32 with a NaN or an infinity gets a NaN scale; one whose
- * largest magnitude is below 2^-110 counts as zero. */
-static void quantize_row(const Job *j, int64_t m) {
-    int16_t *q = j->xq + m * j->K;
-    float *sums = j->sums + m * (j->K / j->format->group), v[32];
-    for (int64_t b = 0; b < j->K / 32; b++, q += 32) {
-        load_floats(j->x, j->type, m * j->K + 32 * b, v);
-        uint32_t max = 0; /* of magnitudes as bits: ordered like the values, NaN above all */
-        for (int i = 0; i < 32; i++) {
-            uint32_t bits = float_bits(v[i]) & 0x7fffffff;
-            max = bits > max ? bits : max;
-        }
-        float amax = bits_float(max), inverse = amax > 0x1p-110f ? 32767.0f / amax : 0.0f;
-        float scale = max < 0x7f800000 ? amax / 32767.0f : NAN;
-        int16_t r[32];
-        for (int i = 0; i < 32; i++) /* adding 1.5 * 2^23 rounds to the nearest integer */
-            r[i] = (int16_t)(float_bits(v[i] * inverse + 0x1.8p23f) & 0xffff);
-        for (int i = 0; i < 32; i += 4)
-            q[i] = r[i], q[i + 1] = r[i + 2], q[i + 2] = r[i + 1], q[i + 3] = r[i + 3];
-        if (j->single) memcpy(j->natural + 32 * b, r, sizeof r);
-        int32_t low = 0, high = 0;
-        for (int i = 0; i < 16; i++) low += r[i], high += r[i + 16];
-        j->xs[m * (j->K / 32) + b] = scale;
-        if (j->format->group == 16) *sums++ = scale * (float)low, *sums++ = scale * (float)high;
-        if (j->format->group == 32) *sums++ = scale * (float)(low + high);
-    }
-}
-
-#if LANES == 8 && defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#include "cpu_quant_single.h"
-#else
-static Single find_single(int type) {
-    (void)type;
-    return NULL;
-}
-#endif
-
 /* ---- the product --------------------------------------------------------------------------- */
 
 /* sum[tile][NV] += activation rows m.. times `count` weights, from k on, of the panel. */
 INLINE void multiply_tile(const Job *j, const Panel *w, int64_t m, int64_t k, int count,
                           int tile, int group, F *sum) {
-    const int64_t K = j->K;
-    const int16_t *x = j->xq + m * K + k;
-    const float *xs = j->xs + m * (K / 32) + k / 32;
-    const float *sums = j->sums + m * (K / group) + k / group;
+    const int64_t K = j->x.K;
+    const int16_t *x = j->x.q + m * K + k;
+    const float *xs = j->x.scales + m * (K / 32) + k / 32;
+    const float *sums = j->x.sums + m * (K / group) + k / group;
     const V *q = w->q;
     F total[TILE][NV];
     UNROLL
@@ -244,60 +197,83 @@ INLINE void multiply_tile(const Job *j, const Panel *w, int64_t m, int64_t k, in
 DEFINE_TILES(16)
 DEFINE_TILES(32)
 
-/* y[m:end, n:n+PANEL]. Rows past the last one repeat it. */
-static void multiply_panel(const Job *j, int64_t n, int64_t m, int64_t end) {
+/* sum[m - first][NV] = activation rows [first, end) times rows n ... n + PANEL - 1. */
+static void multiply_panel(const Job *j, int64_t n, int64_t first, int64_t end, F *sum) {
     const Format *f = j->format;
-    if (j->single) {
-        float y[PANEL];
-        for (int r = 0; r < PANEL; r += 8) j->single(j, n + r, y + r);
-        for (int64_t r = 0; r < PANEL && n + r < j->N; r++)
-            store_float(j->y, j->type, n + r, y[r]);
+    Bytes rows[PANEL];
+    if (j->x.M == 1) {
+        for (int v = 0; v < NV; v++) f->single(j, n + v * LANES, sum + v);
         return;
     }
     Panel panel;
-    F sum[BLOCK_M * NV];
-    Bytes rows[PANEL];
-    memset(sum, 0, (size_t)(end - m) * NV * sizeof *sum);
-    for (int r = 0; r < PANEL; r++)
-        rows[r] = j->w + (n + r < j->N ? n + r : j->N - 1) * j->stride;
-    for (int64_t k = 0; k < j->K; k += CHUNK) {
-        int count = j->K - k < CHUNK ? (int)(j->K - k) : CHUNK, blocks = count / f->elements;
+    memset(sum, 0, (size_t)(end - first) * NV * sizeof *sum);
+    for (int r = 0; r < PANEL; r++) rows[r] = row_of(j, n + r);
+    for (int64_t k = 0; k < j->x.K; k += CHUNK) {
+        int count = j->x.K - k < CHUNK ? (int)(j->x.K - k) : CHUNK, blocks = count / f->elements;
         for (int v = 0; v < NV; v++)
             f->unpack(rows + v * LANES, blocks, PANEL * j->stride, panel.q + v, panel.scale + v,
                       panel.min + v);
         for (int r = 0; r < PANEL; r++) rows[r] += blocks * f->bytes;
-        (f->group == 16 ? multiply_16 : multiply_32)(j, &panel, m, end, k, count, sum);
-    }
-    int64_t columns = j->N - n < PANEL ? j->N - n : PANEL;
-    for (int64_t i = 0; m + i < end; i++)
-        for (int64_t r = 0; r < columns; r++)
-            store_float(j->y, j->type, (m + i) * j->N + n + r, ((float *)sum)[i * PANEL + r]);
-}
-
-/* One thread's share of the activation rows. */
-static void quantize(void *job) {
-    Job *j = job;
-    for (;;) {
-        int64_t m = __atomic_fetch_add(&j->next_row, 1, __ATOMIC_RELAXED);
-        if (m >= j->M) return;
-        quantize_row(j, m);
+        (f->group == 16 ? multiply_16 : multiply_32)(j, &panel, first, end, k, count, sum);
     }
 }
 
-/* One thread's share of the items (block of activation rows, panel), taken a few at a time. */
-static void multiply(void *job) {
-    Job *j = job;
-    const int64_t panels = (j->N + PANEL - 1) / PANEL;
-    const int64_t items = panels * ((j->M + BLOCK_M - 1) / BLOCK_M);
-    const int64_t share = 1 + items / (8 * j->threads);
-    for (;;) {
-        int64_t i = __atomic_fetch_add(&j->next_item, share, __ATOMIC_RELAXED);
-        if (i >= items) return;
-        for (int64_t last = i + share < items ? i + share : items; i < last; i++) {
-            int64_t m = i / panels * BLOCK_M;
-            multiply_panel(j, i % panels * PANEL, m, m + BLOCK_M < j->M ? m + BLOCK_M : j->M);
-        }
+/* y[m, n:n+PANEL] from the products with those rows and, behind an activation, the `up` rows. */
+static void write_row(const Job *j, int64_t m, int64_t n, const float *sum, const float *up) {
+    const int64_t count = j->columns - n < PANEL ? j->columns - n : PANEL, at = m * j->columns + n;
+    float y[PANEL];
+    if (j->epilogue == SILU)
+        for (int r = 0; r < PANEL; r++) y[r] = silu(sum[r]) * up[r];
+    else if (j->epilogue == GELU_TANH)
+        for (int r = 0; r < PANEL; r++) y[r] = gelu_tanh(sum[r]) * up[r];
+    else
+        memcpy(y, sum, sizeof y);
+    if (j->epilogue == ADD)
+        for (int r = 0; r < count; r++) ((float *)j->y)[at + r] += y[r];
+    else
+        for (int r = 0; r < count; r++) store_float(j->y, j->type, at + r, y[r]);
+}
+
+/* y[first:end, n:n+PANEL] */
+static void fill_panel(const Job *j, int64_t n, int64_t first, int64_t end) {
+    F sum[BLOCK_M * NV], up[BLOCK_M * NV];
+    multiply_panel(j, n, first, end, sum);
+    if (j->columns < j->N) multiply_panel(j, j->columns + n, first, end, up);
+    for (int64_t m = first; m < end; m++) {
+        int64_t at = (m - first) * NV;
+        write_row(j, m, n, (const float *)(sum + at), (const float *)(up + at));
     }
+}
+
+/* A piece of the activation rows. */
+static void quantize(const void *job, int64_t piece) {
+    const Job *j = job;
+    int64_t end = piece_begin(piece + 1, j->pieces, j->x.M);
+    for (int64_t m = piece_begin(piece, j->pieces, j->x.M); m < end; m++) quantize_row(&j->x, m);
+}
+
+/* A piece of the items (block of activation rows, panel). */
+static void multiply(const void *job, int64_t piece) {
+    const Job *j = job;
+    const int64_t panels = (j->columns + PANEL - 1) / PANEL, M = j->x.M;
+    int64_t i = piece_begin(piece, j->pieces, j->items);
+    for (int64_t end = piece_begin(piece + 1, j->pieces, j->items); i < end; i++) {
+        int64_t m = i / panels * BLOCK_M;
+        fill_panel(j, i % panels * PANEL, m, m + BLOCK_M < M ? m + BLOCK_M : M);
+    }
+}
+
+static void run_job(TeamRun team, int threads, Job *j) {
+    const int64_t M = j->x.M, panels = (j->columns + PANEL - 1) / PANEL;
+    if (M * j->x.K <= SERIAL_X) {
+        for (int64_t m = 0; m < M; m++) quantize_row(&j->x, m);
+    } else {
+        j->pieces = pieces_of(M, threads);
+        team(quantize, j, j->pieces, threads);
+    }
+    j->items = panels * ((M + BLOCK_M - 1) / BLOCK_M);
+    j->pieces = pieces_of(j->items, M * j->x.K * j->N > SERIAL_XW ? threads : 1);
+    team(multiply, j, j->pieces, threads);
 }
 
 /* Bytes of a block of `format`; 0: unknown here. */
@@ -306,34 +282,28 @@ int squall_block_bytes(int format) {
     return f ? f->bytes : 0;
 }
 
-/* GOMP_parallel() of the OpenMP runtime that torch uses, so that there is one pool of threads. */
-typedef void (*Parallel)(void (*)(void *), void *, unsigned threads, unsigned flags);
-
-/* y[M, N] = x[M, K] times the transpose of w[N, K]; x and y of `type`, contiguous; w's rows
- * `stride` bytes apart. Without `parallel` the caller's thread does all. 0: done, 1: no memory,
- * 2: unknown format or K not whole blocks. */
-int squall_quant_matmul(Parallel parallel, int format, const void *x, int type, Bytes w,
-                        int64_t stride, void *y, int64_t M, int64_t N, int64_t K, int threads) {
+/* y = x[M, K] times the transpose of w[N, K], whose rows are `stride` bytes apart. x and y are
+ * dense; their element types, as FloatType, are `x_type` and `y_type`. With `norm` [K], x is
+ * float32 and stands for its RMS norm rounded to `rounded`. y [M, N] is written or (ADD) added to;
+ * of a gated activation it is [M, N / 2]: the first N / 2 rows of w are the gate. 0: done, 1: no
+ * memory, 2: unknown format or K not whole blocks. */
+int squall_quant_matmul(TeamRun team, int threads, int format, Bytes w, int64_t stride, int64_t M,
+                        int64_t N, int64_t K, const void *x, int x_type, const float *norm,
+                        float eps, int rounded, void *y, int y_type, int epilogue) {
     const Format *f = find_format(format, K);
     if (!f) return 2;
     size_t count = (size_t)(M * K);
-    char *memory = malloc(count * 4 + (count / 32 + count / (size_t)f->group) * sizeof(float));
+    char *memory = malloc(count * 2 + (count / 32 + count / (size_t)f->group) * sizeof(float));
     if (!memory) return 1;
-    float *xs = (float *)(memory + count * 4);
-    Job job = {.format = f, .x = x, .w = w, .y = y, .M = M, .N = N, .K = K, .stride = stride,
-               .type = (FloatType)type, .xq = (int16_t *)memory, .xs = xs,
-               .sums = xs + count / 32,
-               .single = M == 1 ? find_single(format) : NULL,
-               .natural = (int16_t *)memory + count,
-               .threads = parallel && M * K * N > SERIAL_XW ? threads : 1};
-    if (job.threads > 1) {
-        if (M * K > SERIAL_X) parallel(quantize, &job, (unsigned)threads, 0);
-        else quantize(&job);
-        parallel(multiply, &job, (unsigned)threads, 0);
-    } else {
-        quantize(&job);
-        multiply(&job);
-    }
+    float *scales = (float *)(memory + count * 2);
+    int gated = epilogue == SILU || epilogue == GELU_TANH;
+    Job job = {.format = f, .w = w, .y = y, .N = N, .stride = stride,
+               .columns = gated ? N / 2 : N, .type = (FloatType)y_type,
+               .epilogue = (Epilogue)epilogue,
+               .x = {.x = x, .type = (FloatType)x_type, .norm = norm, .eps = eps,
+                     .rounded = (FloatType)rounded, .M = M, .K = K, .group = f->group,
+                     .q = (int16_t *)memory, .scales = scales, .sums = scales + count / 32}};
+    run_job(team, threads, &job);
     free(memory);
     return 0;
 }

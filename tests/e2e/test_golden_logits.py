@@ -1,7 +1,7 @@
 """Every architecture against transformers: tiny random models saved to disk, read by our loader.
 
-One row an architecture (or a quirk of one). The comparison is in float32 on the CPU, for the
-prompt as a whole, in chunks, and token by token.
+One row an architecture (or a quirk of one). The comparison is in float32, on the CPU and on a GPU,
+for the prompt as a whole, in chunks, and token by token.
 """
 
 from pathlib import Path
@@ -103,19 +103,20 @@ def save_random(folder: Path, family: str, overrides: dict[str, Any]) -> torch.n
     return model
 
 
-def load(folder: Path) -> Decoder:
+def load(folder: Path, device: str) -> Decoder:
     checkpoint = Checkpoint(resolve(str(folder)))
-    return checkpoint.decoder(torch.device("cpu"), torch.float32, TOKENS, NoProgress())
+    return checkpoint.decoder(torch.device(device), torch.float32, TOKENS, NoProgress())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
+def test_logits_equal_transformers(case: str, device: str, tmp_path: Path) -> None:
     family, overrides = CASES[case]
     reference = save_random(tmp_path, family, overrides)
     ids = torch.randint(0, SIZES["vocab_size"], (TOKENS,)).tolist()
     with torch.no_grad():
         expected = reference(torch.tensor([ids])).logits[0].float()
-    model = load(tmp_path)
+    model = load(tmp_path, device)
     limit = 1e-4 * expected.abs().max().item()
     for chunk in (TOKENS, 7, 1):  # whole prefill, chunked prefill, decode
         found = sequence_logits(model, ids, chunk, block_size=8)

@@ -19,13 +19,17 @@ SCRIPT = Path(__file__).parent / "aot_compile.py"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 KERNELS = {
     "_rms_norm_kernel",
-    "_add_rms_norm_kernel",
-    "_rope_kernel",
+    "_gemv_kernel",
+    "_skinny_kernel",
     "_gated_kernel",
-    "_store_kv_kernel",
+    "_rope_store_kernel",
     "_decode_kernel",
-    "_combine_kernel",
     "_prefill_kernel",
+    "_survey_kernel",
+    "_draw_kernel",
+    "_penalize_kernel",
+    "_count_kernel",
+    "_gather_kernel",
 }
 
 

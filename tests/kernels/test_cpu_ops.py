@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from squall.kernels import activation, rmsnorm
+from squall.kernels.attention import paged, rope_store
 from squall.kernels.attention.paged import paged_attention, paged_attention_reference
 from squall.kernels.backends import cpu
-from squall.kernels.cases import Case, all_cases, results
+from squall.kernels.cases import Case, results
 
 CPU = torch.device("cpu")
-NATIVE = ("rms_norm", "add_rms_norm", "rope", "silu", "gelu", "store_kv", "attention")
-CASES = [case for case in all_cases() if any(name in case.name for name in NATIVE)]
+CASES = (*activation.CASES, *rmsnorm.CASES, *rope_store.CASES, *paged.CASES)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,8 +28,9 @@ def test_native_matches_the_reference(case: Case, check_results) -> None:
 
 @pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
 @pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (7, 0.0), (0, 5.0), (9, 3.0)])
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_decode_attention(dim: int, window: int, softcap: float, threads: int) -> None:
+def test_decode_attention(dim: int, window: int, softcap: float, sinks: bool, threads: int) -> None:
     """Scattered blocks, sequences of any length, unused cache poisoned."""
     torch.manual_seed(0)
     contexts = [1, 8, 9, 2000]
@@ -47,6 +49,7 @@ def test_decode_attention(dim: int, window: int, softcap: float, threads: int) -
     args = (
         q, k_cache, v_cache, tables, torch.arange(len(contexts) + 1, dtype=torch.int32),
         torch.tensor(contexts, dtype=torch.int32), 1, max(contexts), dim**-0.5, window, softcap,
+        torch.randn(6) if sinks else None,
     )  # fmt: skip
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

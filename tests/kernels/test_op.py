@@ -66,8 +66,8 @@ def test_kernels_work_without_triton() -> None:
 import sys
 sys.modules["triton"] = None
 import torch
-from squall.kernels import activation, lang, rmsnorm, rope
-from squall.kernels.attention import paged, store_kv
+from squall.kernels import activation, lang, rmsnorm
+from squall.kernels.attention import paged, rope_store
 assert not lang.HAS_TRITON
 x = torch.ones(2, 4)
 assert activation.silu_mul(x).shape == (2, 2)

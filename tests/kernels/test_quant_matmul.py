@@ -15,7 +15,11 @@ from squall.kernels.quant.matmul import (
     dequantize_rows,
     dequantize_rows_reference,
     quant_matmul,
+    quant_matmul_add,
+    quant_matmul_add_reference,
     quant_matmul_reference,
+    quant_norm_matmul,
+    quant_norm_matmul_reference,
 )
 
 QUANTISED = {f.name: f for f in gguf_formats().values() if f.unpack is not None}
@@ -39,6 +43,17 @@ BLOCK_COUNTS = {32: (1, 3, 33), 256: (1, 3)}  # K below, at and beyond one pass 
 class Implementation:
     matmul: Callable[[Tensor, Tensor, int], Tensor]
     rows: Callable[[Tensor, Tensor, int, torch.dtype], Tensor]
+    norm_matmul: Callable[[Tensor, Tensor, float, Tensor, int, str, torch.dtype], Tensor]
+    matmul_add: Callable[[Tensor, Tensor, int, Tensor], None]
+
+
+REFERENCE = Implementation(
+    quant_matmul_reference,
+    dequantize_rows_reference,
+    quant_norm_matmul_reference,
+    quant_matmul_add_reference,
+)
+OPERATORS = Implementation(quant_matmul, dequantize_rows, quant_norm_matmul, quant_matmul_add)
 
 
 def need_native() -> None:
@@ -50,9 +65,9 @@ def need_native() -> None:
 @pytest.fixture(params=["reference", "native"])
 def implementation(request: pytest.FixtureRequest) -> Implementation:
     if request.param == "reference":  # what the operators run where the library is not enabled
-        return Implementation(quant_matmul_reference, dequantize_rows_reference)
+        return REFERENCE
     need_native()
-    return Implementation(quant_matmul, dequantize_rows)
+    return OPERATORS
 
 
 def generator(seed: int) -> torch.Generator:
@@ -227,6 +242,92 @@ def test_extreme_activations(implementation: Implementation) -> None:
         check(entry, x, raw, implementation.matmul(x, raw, entry.ggml_type))
 
 
+ACTIVATIONS = {
+    "none": lambda y: y,
+    "silu": lambda y: torch.nn.functional.silu(y.chunk(2, 1)[0]) * y.chunk(2, 1)[1],
+    "gelu_tanh": lambda y: (
+        torch.nn.functional.gelu(y.chunk(2, 1)[0], approximate="tanh") * y.chunk(2, 1)[1]
+    ),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", QUANTISED)
+def test_norm_matmul(implementation: Implementation, name: str, activation: str) -> None:
+    """Against float64, on what the norm is once rounded."""
+    entry = QUANTISED[name]
+    k, source = 3 * entry.block_size, generator(20)
+    norm = torch.randn(k, generator=source) * 0.02 / k**0.5
+    for n, m in ((2, 1), (10, 3), (126, 1), (126, 9), (514, 130)):
+        raw = random_weights(entry, n, 3)
+        stream = torch.randn(m, k, generator=source) * 5
+        exact = stream.double() * (stream.double().square().mean(1, True) + 1e-5).rsqrt()
+        for dtype, limit in LIMITS.items():
+            rounded = (exact * norm).to(dtype)
+            wide = Expected.of(entry, rounded.float(), raw)
+            want = ACTIVATIONS[activation](wide.y)
+            got = implementation.norm_matmul(
+                stream, norm, 1e-5, raw, entry.ggml_type, activation, dtype
+            )
+            assert got.dtype == dtype
+            assert got.shape == want.shape
+            size = wide.size
+            if activation != "none":  # an error of one factor, times the other
+                (gate, up), (a, b) = wide.y.chunk(2, 1), wide.size.chunk(2, 1)
+                size = a * (1 + up.abs()) + b * (1 + gate.abs())
+            error = ((got.double() - want).abs() / (size + 1e-3)).max().item()
+            assert error <= limit, f"{n} rows, {m} tokens, {dtype}: {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("name", QUANTISED)
+def test_matmul_add(implementation: Implementation, name: str, dtype: torch.dtype) -> None:
+    """The product is not rounded to ``dtype`` on its way to the stream."""
+    entry = QUANTISED[name]
+    for n, m in ((1, 1), (63, 1), (63, 9), (257, 130)):
+        raw = random_weights(entry, n, 3)
+        x = torch.randn(m, 3 * entry.block_size, generator=generator(21)).mul(0.1).to(dtype)
+        stream = torch.randn(m, n, generator=generator(22))
+        before = stream.double()
+        implementation.matmul_add(x, raw, entry.ggml_type, stream)
+        wide = Expected.of(entry, x.float(), raw)
+        error = ((stream.double() - before - wide.y).abs() / (wide.size + 1e-3)).max().item()
+        assert error <= LIMITS[torch.float32], f"{n} rows, {m} tokens: {error:.1e}"
+
+
+def test_fused_layouts_and_nothing_to_do(implementation: Implementation) -> None:
+    entry = QUANTISED["Q4_1"]
+    raw, norm = random_weights(entry, 20, 2), torch.ones(64)
+    stream = torch.randn(5, 64, generator=generator(23))
+    args = norm, 1e-5, raw, 3, "silu", torch.float32
+    want = implementation.norm_matmul(stream, *args)
+    strided = torch.stack((stream, stream), dim=-1).view(5, -1)[:, ::2]
+    assert torch.equal(implementation.norm_matmul(strided, *args), want)
+    assert implementation.norm_matmul(stream[:0], *args).shape == (0, 10)
+    sums = [torch.zeros(5, 20) for _ in range(2)]
+    implementation.matmul_add(stream, raw, 3, sums[0])
+    implementation.matmul_add(strided, raw, 3, sums[1])
+    assert torch.equal(*sums)
+    assert torch.equal(sums[0], implementation.matmul(stream, raw, 3))
+    implementation.matmul_add(stream[:0], raw, 3, sums[0][:0])
+
+
+def test_bad_fused_arguments(implementation: Implementation) -> None:
+    raw, stream, norm = random_weights(QUANTISED["Q4_1"], 3, 2), torch.ones(2, 64), torch.ones(64)
+    f32 = torch.float32
+    with pytest.raises(ValueError, match=r"x is \[2, 32\], the weights have 64 columns"):
+        implementation.norm_matmul(stream[:, :32], norm, 1e-5, raw, 3, "none", f32)
+    with pytest.raises(ValueError, match="activation 'relu'; accepted: none, silu, gelu_tanh"):
+        implementation.norm_matmul(stream, norm, 1e-5, raw, 3, "relu", f32)
+    with pytest.raises(ValueError, match="3 gate and up rows; accepted: an even number"):
+        implementation.norm_matmul(stream, norm, 1e-5, raw, 3, "silu", f32)
+    with pytest.raises(ValueError, match=r"stream is torch\.float16"):
+        implementation.norm_matmul(stream.half(), norm, 1e-5, raw, 3, "none", f32)
+    for bad in (torch.zeros(2, 4), torch.zeros(3, 2).t(), torch.zeros(2, 3).half()):
+        with pytest.raises(ValueError, match=r"accepted: torch.float32 \[2, 3\], dense"):
+            implementation.matmul_add(stream, raw, 3, bad)
+
+
 @pytest.mark.parametrize("name", QUANTISED)
 def test_rows(implementation: Implementation, name: str) -> None:
     entry = QUANTISED[name]
@@ -283,6 +384,12 @@ def test_shapes_without_data() -> None:
     assert dequantize_rows(raw, ids, 3, torch.float16).shape == (4, 64)
     with pytest.raises(ValueError, match="columns"):
         quant_matmul(x[..., :32], raw, 3)
+    stream, even = torch.empty(2, 64, device="meta"), raw[:4]
+    norm, half = torch.empty(64, device="meta"), torch.float16
+    for activation, columns in (("none", 4), ("silu", 2)):
+        y = quant_norm_matmul(stream, norm, 1e-5, even, 3, activation, half)
+        assert (y.shape, y.dtype) == ((2, columns), half)
+    quant_matmul_add(stream, even, 3, torch.empty(2, 4, device="meta"))
 
 
 @pytest.mark.parametrize("name", QUANTISED)
@@ -295,9 +402,16 @@ def test_native_rows_do_not_depend_on_the_batch(name: str) -> None:
     for m in (0, 1, 57, 127, 128, 130):
         assert torch.equal(quant_matmul(x[m], raw, entry.ggml_type), together[m])
     assert torch.equal(quant_matmul(x[2:37], raw[11:], entry.ggml_type), together[2:37, 11:])
+    norm = torch.ones(x.shape[1])
+    args = norm, 1e-5, raw, entry.ggml_type, "silu", torch.float32
+    normed = quant_norm_matmul(x, *args)
+    for m in (0, 57, 130):
+        assert torch.equal(quant_norm_matmul(x[m : m + 1], *args)[0], normed[m])
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1 if threads > 1 else 2)
-        assert torch.equal(quant_matmul(x, raw, entry.ggml_type), together)
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert torch.equal(quant_matmul(x, raw, entry.ggml_type), together)
+            assert torch.equal(quant_norm_matmul(x, *args), normed)
     finally:
         torch.set_num_threads(threads)

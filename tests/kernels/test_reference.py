@@ -21,25 +21,47 @@ ROWS = [
 ]
 
 
-def naive_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+def naive_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
     x = x.double()
-    return (x / (x.pow(2).sum(-1, keepdim=True) / x.shape[-1] + eps).sqrt() * weight.double(),)
+    return ((x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight).to(dtype),)
 
 
-def naive_add_rms_norm(x: Tensor, residual: Tensor, w: Tensor, eps: float) -> tuple[Tensor, ...]:
-    total = (x.double() + residual.double()).to(residual.dtype)
-    return (*naive_rms_norm(total, w, eps), total)
+def naive_rms_norm_add(x: Tensor, w: Tensor, eps: float, stream: Tensor) -> tuple[Tensor, ...]:
+    return ((naive_rms_norm(x, w, eps, torch.float64)[0] + stream).float(),)
 
 
-def naive_apply_rope(q: Tensor, k: Tensor, positions: Tensor, table: Tensor) -> tuple[Tensor, ...]:
-    """Pairs as complex numbers times e^(i angle)."""
-    half = table.shape[1] // 2
-    turn = torch.complex(table[:, :half].double(), table[:, half:].double())[positions][:, None]
-    out = []
-    for x in (q.double(), k.double()):
-        z = torch.complex(x[..., :half].contiguous(), x[..., half : 2 * half].contiguous()) * turn
-        out.append(torch.cat((z.real, z.imag, x[..., 2 * half :]), -1))
-    return tuple(out)
+def naive_rope_store_kv(
+    qkv: Tensor,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
+    eps: float,
+    positions: Tensor,
+    table: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> tuple[Tensor, ...]:
+    """Token by token, rotated pairs as complex numbers times e^(i angle)."""
+    kv_heads, dim = k_cache.shape[2:]
+    x = qkv.double().reshape(qkv.shape[0], qkv.shape[1] // dim, dim)
+    heads, half = x.shape[1] - 2 * kv_heads, table.shape[1] // 2
+    k_cache, v_cache = k_cache.double(), v_cache.double()
+    q_out = torch.empty((x.shape[0], heads, dim), dtype=torch.float64)
+    for t, (position, slot) in enumerate(zip(positions.tolist(), slots.tolist(), strict=True)):
+        angles = table[position].double()
+        turn = torch.complex(angles[:half], angles[half:])
+        q, k = x[t, :heads], x[t, heads : heads + kv_heads]
+        turned = []
+        for y, norm in ((q, q_norm), (k, k_norm)):
+            if norm is not None:
+                y = y / (y.square().mean(-1, keepdim=True) + eps).sqrt() * norm
+            z = torch.complex(y[:, :half].contiguous(), y[:, half : 2 * half].contiguous()) * turn
+            turned.append(torch.cat((z.real, z.imag, y[:, 2 * half :]), -1))
+        q_out[t] = turned[0]
+        if slot >= 0:
+            place = divmod(slot, k_cache.shape[1])
+            k_cache[place], v_cache[place] = turned[1], x[t, heads + kv_heads :]
+    return q_out, k_cache, v_cache
 
 
 def naive_silu_mul(x: Tensor) -> tuple[Tensor, ...]:
@@ -53,15 +75,17 @@ def naive_gelu_tanh_mul(x: Tensor) -> tuple[Tensor, ...]:
     return (0.5 * gate * (1 + torch.tanh(inner)) * up,)
 
 
-def naive_store_kv(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+def naive_gather_kv(
+    k_cache: Tensor, v_cache: Tensor, table: Tensor, length: int, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    k_cache, v_cache = k_cache.clone(), v_cache.clone()
-    for t, slot in enumerate(slots.tolist()):
-        if slot >= 0:
-            place = divmod(slot, k_cache.shape[1])
-            k_cache[place], v_cache[place] = k[t], v[t]
-    return k_cache, v_cache
+    places = [divmod(i, k_cache.shape[1]) for i in range(length)]
+    shape = (length, *k_cache.shape[2:])
+    return tuple(
+        torch.cat([cache.double()[int(table[b]), i] for b, i in places]).view(shape)
+        if places
+        else torch.empty(shape)
+        for cache in (k_cache, v_cache)
+    )
 
 
 def naive_paged_attention(
@@ -76,6 +100,7 @@ def naive_paged_attention(
     scale: float,
     window: int,
     softcap: float,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """Token by token, all keys gathered by slot."""
     size, kv_heads = k_cache.shape[1:3]
@@ -87,25 +112,32 @@ def naive_paged_attention(
             first = max(0, position - window + 1) if window else 0
             keys = torch.arange(first, position + 1)
             places = (tables[s, keys // size].long(), keys % size)
-            k, v = k_cache[places].double(), v_cache[places].double()
+            k, v = k_cache.to(q.dtype)[places].double(), v_cache.to(q.dtype)[places].double()
             kv_of_head = torch.arange(q.shape[1]) // (q.shape[1] // kv_heads)
             scores = (k * scale).transpose(0, 1)[kv_of_head] @ q[t].double()[:, :, None]
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)
-            weights = scores.squeeze(2).softmax(-1)[:, None]
+            weights = scores.squeeze(2).exp()
+            total = weights.sum(-1) + (0 if sinks is None else sinks.double().exp())
+            weights = (weights / total[:, None])[:, None]
             out[t] = (weights @ v.transpose(0, 1)[kv_of_head]).squeeze(1)
     return (out,)
 
 
 NAIVE: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "squall::rms_norm": naive_rms_norm,
-    "squall::add_rms_norm": naive_add_rms_norm,
-    "squall::apply_rope": naive_apply_rope,
+    "squall::rms_norm_add": naive_rms_norm_add,
+    "squall::rope_store_kv": naive_rope_store_kv,
     "squall::silu_mul": naive_silu_mul,
     "squall::gelu_tanh_mul": naive_gelu_tanh_mul,
-    "squall::store_kv": naive_store_kv,
+    "squall::gather_kv": naive_gather_kv,
     "squall::paged_attention": naive_paged_attention,
+    "squall::prefill_attention": naive_paged_attention,
 }
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.reshape(-1).view(torch.uint8)
 
 
 def _name(case: Case) -> str:
@@ -123,15 +155,14 @@ def test_op_and_reference_match_the_formula(case: Case, dtype: torch.dtype, chec
         check_results(case, got, want)
         for i, (now, then) in enumerate(zip(args, before, strict=True)):
             if isinstance(now, Tensor) and i not in case.mutates:
-                assert torch.equal(now.nan_to_num(), then.nan_to_num()), f"argument {i} changed"
+                assert torch.equal(_bytes(now), _bytes(then)), f"argument {i} changed"
 
 
 @pytest.mark.parametrize("case", [c for c in all_cases() if c.interpret], ids=lambda c: c.name)
 def test_results_have_the_dtype_and_are_dense(case: Case) -> None:
     args = case.build(torch.float16, CPU)
-    kept = {arg.dtype for arg in args if isinstance(arg, Tensor)}  # the float32 residual stream
     for got in results(case, case.op, args)[: None if not case.mutates else 0]:
-        assert got.dtype == torch.float16 or ("add_rms_norm" in case.name and got.dtype in kept)
+        assert got.dtype == torch.float16
         assert got.is_contiguous()
 
 

@@ -47,7 +47,7 @@ class Simulation:
         step = plan(self.state, self.limits)
         apply(self.state, step)
         for chunk in step.chunks:
-            if apply_results(self.state, chunk, 2 if chunk.samples else None) is not None:
+            if chunk.samples and apply_results(self.state, chunk, 2) is not None:
                 self.finished.append(chunk.seq.request.id)
         return step
 
@@ -279,12 +279,27 @@ def test_abort_frees_at_once_and_late_results_are_dropped() -> None:
         finish(sim.state, running, "error")
 
 
-def test_a_stale_result_is_refused() -> None:
-    sim = Simulation(limits_of(), 16)
+def test_a_result_of_a_chunk_that_does_not_sample_is_refused() -> None:
+    sim = Simulation(limits_of(token_budget=4), 16)
     sim.add(request_of(0, 6, 9))
     step = sim.step()
-    with pytest.raises(AssertionError, match="got the result of a chunk from 0"):
+    with pytest.raises(AssertionError, match="does not sample"):
         apply_results(sim.state, step.chunks[0], 5)
+
+
+def test_one_step_may_be_planned_before_the_last_is_booked() -> None:
+    sim = Simulation(limits_of(), 16)
+    seq = sim.add(request_of(0, 6, 2))
+    first = plan(sim.state, sim.limits)
+    apply(sim.state, first)
+    assert (seq.in_flight, seq.remaining, seq.sampled) == (1, 1, 1)
+    second = plan(sim.state, sim.limits)
+    assert [(chunk.start, chunk.length, chunk.samples) for chunk in second.chunks] == [(6, 1, True)]
+    apply(sim.state, second)
+    assert plan(sim.state, sim.limits).chunks == ()  # both tokens it may have are in flight
+    assert apply_results(sim.state, first.chunks[0], 4) is None
+    assert apply_results(sim.state, second.chunks[0], 5) == "length"
+    assert (seq.output_ids, sim.state.pool.used_blocks) == ([4, 5], 0)
 
 
 def test_pure_parts_do_not_import_torch() -> None:

@@ -16,6 +16,7 @@ from squall.runtime.pages import BlockPool, blocks_for
 from squall.runtime.params import SamplingParams
 from squall.runtime.request import EngineRequest, Sequence
 from squall.runtime.scheduler import (
+    Chunk,
     Limits,
     Plan,
     QueueFullError,
@@ -77,10 +78,15 @@ def snapshot(state: State) -> object:
 class Simulation:
     """Drives the scheduler as the engine does and checks every step."""
 
-    def __init__(self, limits: Limits, num_blocks: int, *, fifo: bool = True) -> None:
-        """``fifo``: all requests will have one priority, so the bounds are stricter."""
+    def __init__(
+        self, limits: Limits, num_blocks: int, *, fifo: bool = True, ahead: bool = False
+    ) -> None:
+        """``fifo``: all requests will have one priority, so the bounds are stricter. ``ahead``: a
+        step's tokens are booked once the next step has been launched."""
         self.limits = limits
         self.fifo = fifo
+        self.ahead = ahead
+        self.launched: list[tuple[Chunk, int]] = []  # sampled chunks not booked yet
         self.state = State(BlockPool(num_blocks))
         self.memory = [-1] * (num_blocks * limits.block_size)
         self.finished: dict[int, Sequence] = {}
@@ -123,14 +129,29 @@ class Simulation:
             self.next_start[seq.request.id] = 0
         self.check_blocks()
         samples = [self.compute(chunk.seq, chunk.start, chunk.length) for chunk in step.chunks]
-        for chunk, token in zip(step.chunks, samples, strict=True):
-            if apply_results(self.state, chunk, token if chunk.samples else None) is not None:
-                self.finished[chunk.seq.request.id] = chunk.seq
-                assert not self.fifo or self.steps < self.due[chunk.seq.request.id]
+        sampled = [pair for pair in zip(step.chunks, samples, strict=True) if pair[0].samples]
+        if not self.ahead:
+            self.book(sampled)
+        else:
+            before_last, self.launched = self.launched, sampled
+            self.book(before_last)
         self.check_blocks()
         self.steps += 1
         self.computed += step.tokens
         return step
+
+    def book(self, sampled: list[tuple[Chunk, int]]) -> None:
+        for chunk, token in sampled:
+            if apply_results(self.state, chunk, token) is not None:
+                self.finished[chunk.seq.request.id] = chunk.seq
+                late = self.steps - self.ahead
+                assert not self.fifo or late < self.due[chunk.seq.request.id]
+
+    def token(self, seq: Sequence, position: int) -> int:
+        """A token of the sequence, from the last step's samples if the host does not know it."""
+        if position < len(seq.tokens):
+            return seq.tokens[position]
+        return next(token for chunk, token in self.launched if chunk.seq is seq)
 
     def compute(self, seq: Sequence, start: int, length: int) -> int:
         """Store the chunk, then let its last token see all the sequence has in memory."""
@@ -139,17 +160,17 @@ class Simulation:
         size = self.limits.block_size
         slots = [seq.blocks[i // size] * size + i % size for i in range(start + length)]
         for i in range(start, start + length):
-            self.memory[slots[i]] = seq.tokens[i]
+            self.memory[slots[i]] = self.token(seq, i)
         return next_token([self.memory[slot] for slot in slots])
 
     def check_plan(self, step: Plan) -> None:
         state, limits = self.state, self.limits
-        assert bool(step.chunks) == (not state.idle)
+        assert step.chunks or self.launched or state.idle
         assert step.tokens <= limits.token_budget
         chunked = [chunk.seq for chunk in step.chunks]
         assert len(set(chunked)) == len(chunked)
         assert not set(chunked) & set(step.preempted)
-        if state.running:
+        if state.running and state.running[0].remaining:
             assert state.running[0] in chunked  # the first always progresses
         kept = len(state.running) - len(step.preempted)
         assert list(step.preempted) == state.running[kept:][::-1]
@@ -188,7 +209,7 @@ class Simulation:
         # The first of the running computes a token a step, and is set back at most once by each
         # request that is before it in order.
         bound = len(alive) * sum(seq.max_length for seq in alive)
-        for _ in range(bound):
+        for _ in range(bound + self.ahead):
             if self.state.idle:
                 break
             self.step()
@@ -218,14 +239,15 @@ ACTIONS = st.lists(ARRIVAL | ABORT | st.none(), max_size=60)  # None: a step
 
 
 @settings(max_examples=300, deadline=None)
-@given(limits_strategy(), st.integers(1, 24), ACTIONS, st.booleans())
+@given(limits_strategy(), st.integers(1, 24), ACTIONS, st.booleans(), st.booleans())
 def test_any_trace(
     limits: Limits,
     num_blocks: int,
     actions: list[tuple[int, int | None, int] | int | None],
     fifo: bool,
+    ahead: bool,
 ) -> None:
-    sim = Simulation(limits, num_blocks, fifo=fifo)
+    sim = Simulation(limits, num_blocks, fifo=fifo, ahead=ahead)
     accepted: set[int] = set()
     for number, action in enumerate(actions):
         if isinstance(action, int):
@@ -241,14 +263,15 @@ def test_any_trace(
     assert set(sim.finish()) == accepted
 
 
+@pytest.mark.parametrize("ahead", [True, False])
 @pytest.mark.parametrize("fifo", [True, False])
 @pytest.mark.parametrize("seed", range(4))
-def test_long_traces_with_a_tiny_pool(seed: int, fifo: bool) -> None:
+def test_long_traces_with_a_tiny_pool(seed: int, fifo: bool, ahead: bool) -> None:
     rng = random.Random(seed)
     max_seqs = rng.randint(3, 12)
     limits = Limits(max_seqs, max_seqs + rng.randint(1, 20), rng.randint(1, 6), 40, 60)
     fits_one = blocks_for(59, limits.block_size)
-    sim = Simulation(limits, fits_one + rng.randint(0, 4), fifo=fifo)
+    sim = Simulation(limits, fits_one + rng.randint(0, 4), fifo=fifo, ahead=ahead)
     added: list[int] = []
     aborted: set[int] = set()
     for number in range(1500):
@@ -276,7 +299,7 @@ def test_a_tiny_pool_and_a_huge_one_give_the_same_output(seed: int) -> None:
     ]
     outputs = []
     for num_blocks, budget in ((14, 9), (10_000, 4096)):
-        sim = Simulation(Limits(8, budget, 4, 40, 56), num_blocks, fifo=False)
+        sim = Simulation(Limits(8, budget, 4, 40, 56), num_blocks, fifo=False, ahead=seed > 0)
         for request in requests:
             assert sim.add(request) is not None
         outputs.append(sim.finish())

@@ -1,0 +1,142 @@
+"""What ``tools/tune.py`` measures of the attention kernels: head layouts, batches and contexts."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from squall.kernels.attention import decode, prefill
+from squall.kernels.lang import next_power_of_2
+from squall.kernels.tuning import Config, Problem, Tunable
+
+BLOCK_SIZE = 32
+CACHE_BYTES = 1 << 28  # of K and of V: several times an L2 cache
+SHARED_BYTES = 220 * 1024
+
+# (query heads, kv heads, head dimension): 8B Llama, Mistral and Qwen3; 1B Llama; 7B Qwen2.5.
+LAYOUTS = ((32, 8, 128), (32, 8, 64), (28, 4, 128))
+DTYPES = (torch.bfloat16, torch.float8_e4m3fn)
+# Batch and contexts of one problem: launch parameters serve every context of a batch bucket.
+DECODES = (
+    (1, (192, 1024, 4096, 16384)),
+    (8, (192, 1024, 8192)),
+    (32, (192, 1024, 4096)),
+    (128, (192, 1024)),
+    (512, (192,)),
+)
+PREFILLS = ((2048, 2048), (512, 8192))  # query length, context
+
+Layout = tuple[int, int, int]
+Index = tuple[Tensor, Tensor, Tensor]
+
+
+def _caches(layout: Layout, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    _, kv_heads, dim = layout
+    shape = (CACHE_BYTES // (BLOCK_SIZE * kv_heads * dim * dtype.itemsize), BLOCK_SIZE)
+    k, v = (
+        torch.randn((*shape, kv_heads, dim), dtype=torch.bfloat16, device=device).to(dtype)
+        for _ in range(2)
+    )
+    return k, v
+
+
+def _indices(
+    blocks: int, batch: int, query: int, context: int, device: torch.device
+) -> Iterator[Index]:
+    """(block_tables, query_start, context_lens) again and again, of other blocks each time."""
+    used = -(-context // BLOCK_SIZE)
+    copies = max(1, blocks // (batch * used))
+    count = copies * batch * used
+    if count <= blocks:
+        order = torch.randperm(blocks, device=device)[:count]
+    else:
+        order = torch.randint(blocks, (count,), device=device)
+    tables = torch.full((copies, batch, max(used, 512)), -1, dtype=torch.int32, device=device)
+    tables[..., :used] = order.view(copies, batch, used)
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * query
+    lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
+    return itertools.cycle([(table, starts, lengths) for table in tables])
+
+
+def _decode_problem(
+    layout: Layout, dtype: torch.dtype, batch: int, contexts: Sequence[int]
+) -> Problem:
+    heads, kv_heads, dim = layout
+
+    def build(device: torch.device) -> Callable[[Config], None]:
+        k, v = _caches(layout, dtype, device)
+        indices = [_indices(k.shape[0], batch, 1, context, device) for context in contexts]
+        q = torch.randn((batch, heads, dim), dtype=torch.bfloat16, device=device)
+        out = torch.empty_like(q)
+
+        def run(config: Config) -> None:
+            for index in indices:
+                decode.decode(q, k, v, next(index), (dim**-0.5, 0, 0.0), None, out, config)
+
+        return run
+
+    nbytes = 2 * batch * sum(contexts) * kv_heads * dim * dtype.itemsize
+    key = decode.config_key(dim, heads // kv_heads, kv_heads, dtype, batch)
+    row = next_power_of_2(dim) * dtype.itemsize
+    return Problem(key, nbytes, build, tuple(_decode_candidates(row, batch)))
+
+
+def _decode_candidates(row: int, batch: int) -> Iterator[Config]:
+    few = batch <= 8
+    spaces = (
+        (32, 64, 128) if few else (32, 64),
+        (4, 8) if few else (2, 4),
+        (3, 4, 5),
+        (1, 2, 4) if few else (2, 4, 8),
+        (64, 128, 256) if batch == 1 else (256,),
+    )
+    for tile, warps, stages, programs, min_keys in itertools.product(*spaces):
+        # More programs than fit at once only add partial results to merge.
+        if 2 * (stages - 1) * tile * row * (programs if few else 1) <= SHARED_BYTES:
+            yield {
+                "tile": tile, "warps": warps, "stages": stages, "programs": programs,
+                "min_keys": min_keys,
+            }  # fmt: skip
+
+
+def _prefill_problem(layout: Layout, dtype: torch.dtype) -> Problem:
+    heads, kv_heads, dim = layout
+
+    def build(device: torch.device) -> Callable[[Config], None]:
+        k, v = _caches(layout, dtype, device)
+        runs = []
+        for query, context in PREFILLS:
+            q = torch.randn((query, heads, dim), dtype=torch.bfloat16, device=device)
+            runs.append((q, torch.empty_like(q), _indices(k.shape[0], 1, query, context, device)))
+
+        def run(config: Config) -> None:
+            for q, out, index in runs:
+                limits = (dim**-0.5, 0, 0.0)
+                prefill.prefill(q, k, v, next(index), limits, None, out, q.shape[0], config)
+
+        return run
+
+    nbytes = 2 * sum(context for _, context in PREFILLS) * kv_heads * dim * dtype.itemsize
+    key = prefill.config_key(dim, heads // kv_heads, dtype)
+    return Problem(key, nbytes, build, tuple(_prefill_candidates(next_power_of_2(dim))))
+
+
+def _prefill_candidates(block_dim: int) -> Iterator[Config]:
+    for rows, tile, stages in itertools.product((64, 128), (32, 64, 128), (2, 3, 4)):
+        if 2 * block_dim * (rows + 2 * stages * tile) <= SHARED_BYTES:
+            yield {"rows": rows, "tile": tile, "warps": rows // 16, "stages": stages}
+
+
+def _decode_problems(_: Sequence[tuple[int, int]]) -> Iterator[Problem]:
+    for layout, dtype in itertools.product(LAYOUTS, DTYPES):
+        for batch, contexts in DECODES:
+            yield _decode_problem(layout, dtype, batch, contexts)
+
+
+def _prefill_problems(_: Sequence[tuple[int, int]]) -> Iterator[Problem]:
+    for layout, dtype in itertools.product(LAYOUTS, DTYPES):
+        yield _prefill_problem(layout, dtype)
+
+
+TUNABLES = (Tunable("decode", _decode_problems), Tunable("prefill", _prefill_problems))

@@ -1,0 +1,100 @@
+"""What the fused linear kernels share: which weight rows a program takes, and what it does with
+their products before they are stored.
+
+Gated weights are ``[2F, K]``, gate rows then up rows. A program's tile holds as many gate rows as
+up rows, the first half of the tile being gate, so that it can finish ``act(gate) * up`` itself.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from squall.kernels.lang import tl, triton
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """``out = act(product + bias)``, or ``out += product + bias``.
+
+    ``out`` is ``[M, F]`` with dense columns: F is N, or N / 2 where ``activation`` ("silu",
+    "gelu_tanh") is not "none". ``bias`` is ``[N]`` or None. With ``add``, ``out`` is float32.
+    """
+
+    out: Tensor
+    bias: Tensor | None = None
+    activation: str = "none"
+    add: bool = False
+
+    @property
+    def gated(self) -> bool:
+        return self.activation != "none"
+
+    @property
+    def features(self) -> int:
+        return self.out.shape[1]
+
+    def check(self, x: Tensor, w: Tensor) -> None:
+        """Assert that the shapes of ``x [M, K]`` and ``w [N, K]`` fit and that rows are dense."""
+        out, rows = self.out, self.features * (1 + self.gated)
+        assert x.shape == (out.shape[0], w.shape[1]), f"x {x.shape}, w {w.shape}, out {out.shape}"
+        assert w.shape[0] == rows, f"w {w.shape} for out {out.shape}, {self.activation}"
+        assert x.stride(1) == w.stride(1) == out.stride(1) == 1, "rows must be dense"
+        assert self.bias is None or self.bias.shape == (rows,), f"bias for {rows} rows"
+        assert not self.add or (out.dtype == torch.float32 and not self.gated), "stream"
+
+
+@triton.jit
+def weight_rows(tile, features, TILE: tl.constexpr, GATED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Rows ``[TILE]`` of the weight for tile number ``tile``, int64.
+
+    Rows past the end repeat the last one: loading them needs no mask, and nothing stores them.
+    """
+    if GATED:
+        i = tl.arange(0, TILE)
+        feature = tl.minimum(tile * (TILE // 2) + i % (TILE // 2), features - 1)
+        row = tl.where(i < TILE // 2, feature, feature + features)
+    else:
+        row = tl.minimum(tile * TILE + tl.arange(0, TILE), features - 1)
+    return row.to(tl.int64)
+
+
+@triton.jit
+def gate(z, up, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``act(z) * up``; the formulas are those of :mod:`squall.kernels.activation`."""
+    if ACTIVATION == "gelu_tanh":
+        # 0.5 * (1 + tanh(u)) is sigmoid(2u), and 1.5957691216 is 2 * sqrt(2 / pi).
+        y = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z)) * up
+    else:
+        tl.static_assert(ACTIVATION == "silu")
+        y = z * tl.sigmoid(z) * up
+    return y
+
+
+@triton.jit
+def store(target, y, mask, ADD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write float32 ``y``, or add it to what is there.
+
+    Every element is added to once, so the sum does not depend on any order; the atomic is there
+    because nobody waits for it, while a load would keep the program until the data arrives.
+    """
+    if ADD:
+        tl.atomic_add(target, y, mask=mask, sem="relaxed")
+    else:
+        tl.store(target, y.to(target.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def prefetch(row_ptr, start, end, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Bring BYTES of each row ``[R, 1]`` of ``end`` columns, from column ``start`` on, into the L2
+    cache, by lines of 128 bytes."""
+    LINE: tl.constexpr = 1024 // row_ptr.dtype.element_ty.primitive_bitwidth
+    column = tl.minimum(start + tl.arange(0, BYTES // 128) * LINE, end - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [(row_ptr + column[None, :]).to(tl.uint64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

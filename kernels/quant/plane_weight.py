@@ -1,0 +1,233 @@
+"""Quantised weights of a GPU, as the models see them (:class:`squall.kernels.weight.Weight`).
+
+Three ways to multiply, by the number of rows M of the activations:
+
+    "gemv"  M <= 8      byte products of 16-bit activations with the planes
+    "gemm"  M <= 256    tensor cores, weights dequantised in registers; not for float32 activations
+    "blas"  the rest    weights expanded to the activations' dtype, then the vendor's library
+
+``tuned("plane_crossover", "<type>-n<N>-k<K>-m<M rounded up to a power of two>")`` overrides this
+choice where the other way can be taken.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import cycle
+
+import torch
+from torch import Tensor
+
+from squall.kernels.activation import ACTIVATIONS
+from squall.kernels.lang import next_power_of_2
+from squall.kernels.linear import linear, linear_add
+from squall.kernels.quant import gemm, gemv
+from squall.kernels.quant.activations import Quantized, norm_quantize_rows, quantize_rows
+from squall.kernels.quant.base import gguf_formats
+from squall.kernels.quant.expand import expand_planes, plane_rows
+from squall.kernels.quant.planes import Planes, padded, random_planes
+from squall.kernels.rmsnorm import rms_norm
+from squall.kernels.tuning import Config, Problem, Tunable, tuned
+
+_SCRATCH_BYTES = 256 << 20  # of weights expanded at a time
+_WAYS = ("gemv", "gemm", "blas")
+
+
+class _Input:
+    """Activations in the form a way of multiplying takes them, each made at most once.
+
+    ``x [M, K]``, or with ``norm`` the residual stream, float32, still to be normalised.
+    """
+
+    def __init__(
+        self, x: Tensor, dtype: torch.dtype, norm: Tensor | None = None, eps: float = 0.0
+    ) -> None:
+        self._x, self._norm, self._eps = x, norm, eps
+        self.rows, self.dtype = x.shape[0], dtype
+
+    @cached_property
+    def quantized(self) -> Quantized:
+        width = padded(self._x.shape[1])
+        if self._norm is None:
+            return quantize_rows(self._x, width)
+        return norm_quantize_rows(self._x, self._norm, self._eps, width)
+
+    @cached_property
+    def dense(self) -> Tensor:
+        if self._norm is None:
+            return self._x
+        return rms_norm(self._x, self._norm, self._eps, self.dtype)
+
+
+@dataclass(frozen=True)
+class PlaneWeight:
+    """One matrix in planes."""
+
+    planes: Planes
+
+    @property
+    def out_features(self) -> int:
+        return self.planes.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.planes.in_features
+
+    @property
+    def nbytes(self) -> int:
+        return self.planes.nbytes
+
+    def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """``x W^T + bias``, ``[M, N]`` of ``dtype``."""
+        y = x.new_empty((x.shape[0], self.out_features), dtype=dtype)
+        self.multiply(_Input(x, x.dtype), bias, y)
+        return y
+
+    def norm_linear(
+        self,
+        stream: Tensor,
+        norm: Tensor,
+        eps: float,
+        bias: Tensor | None,
+        activation: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """``act(rms_norm(stream) W^T + bias)`` of ``dtype``: ``[M, N]``, or ``[M, N / 2]``."""
+        x = _Input(stream, dtype, norm, eps)
+        fused = self._way(x) != "blas"
+        features = self.out_features // (2 if fused and activation != "none" else 1)
+        y = stream.new_empty((x.rows, features), dtype=dtype)
+        self.multiply(x, bias, y, activation if fused else "none")
+        return y if fused else ACTIVATIONS[activation](y)
+
+    def linear_add(self, x: Tensor, bias: Tensor | None, stream: Tensor) -> None:
+        """``stream += x W^T + bias``, float32 ``[M, N]``."""
+        self.multiply_add(_Input(x, x.dtype), bias, stream)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows ``ids`` (int32 or int64 ``[T]``) as ``[T, K]`` of ``dtype``."""
+        kind = self.planes.format.ggml_type
+        return plane_rows(*self.planes.tensors, kind, self.in_features, ids, dtype)
+
+    def multiply(
+        self, x: _Input, bias: Tensor | None, out: Tensor, activation: str = "none"
+    ) -> None:
+        """Write the product into ``out``, whose rows may be strided; "blas" has no activation."""
+        way, kind = self._way(x), self.planes.format.ggml_type
+        if way == "gemv":
+            gemv.plane_gemv(*x.quantized, *self.planes.tensors, kind, bias, activation, out)
+        elif way == "gemm":
+            gemm.plane_gemm(x.dense, *self.planes.tensors, kind, bias, activation, out)
+        else:
+            assert activation == "none", activation
+            for part, weight in self._expanded(x.dense.dtype):
+                _product(x.dense, weight, None if bias is None else bias[part], out[:, part])
+
+    def multiply_add(self, x: _Input, bias: Tensor | None, stream: Tensor) -> None:
+        """Add the product to ``stream``, whose rows may be strided."""
+        way, kind = self._way(x), self.planes.format.ggml_type
+        if way == "gemv":
+            gemv.plane_gemv_add(*x.quantized, *self.planes.tensors, kind, bias, stream)
+        elif way == "gemm":
+            gemm.plane_gemm_add(x.dense, *self.planes.tensors, kind, bias, stream)
+        else:
+            for part, weight in self._expanded(x.dense.dtype):
+                linear_add(x.dense, weight, None if bias is None else bias[part], stream[:, part])
+
+    def _way(self, x: _Input) -> str:
+        """ "gemv", "gemm" or "blas"."""
+        possible = {"gemv": x.rows <= gemv.MAX_ROWS, "gemm": x.rows <= gemm.MAX_ROWS, "blas": True}
+        possible["gemm"] &= x.dtype != torch.float32
+        bucket = next_power_of_2(max(1, x.rows))
+        kind, n, k = self.planes.format.ggml_type, self.out_features, self.planes.padded
+        found = tuned("plane_crossover", gemv.key(kind, n, k, bucket), self.planes.low.device)
+        wanted = next((way for way in _WAYS if found and way in found), None)
+        if wanted is not None and possible[wanted]:
+            return wanted
+        return next(way for way in _WAYS if possible[way])
+
+    def _expanded(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The weights as ``[rows, K]`` of ``dtype``, a bounded number of rows at a time."""
+        planes = self.planes
+        step = max(1, _SCRATCH_BYTES // (planes.in_features * dtype.itemsize))
+        for start in range(0, planes.out_features, step):
+            part = slice(start, min(start + step, planes.out_features))
+            low, high, scales, supers = (None if t is None else t[part] for t in planes.tensors)
+            kind = planes.format.ggml_type
+            yield part, expand_planes(low, high, scales, supers, kind, planes.in_features, dtype)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``out = x weight^T + bias`` by the vendor's library; rows of ``out`` may be strided."""
+    if out.dtype != x.dtype:
+        out.copy_(linear(x, weight, bias, out.dtype))
+    elif bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
+
+
+@dataclass(frozen=True)
+class PlaneStack:
+    """Matrices of several types side by side along N: q and k of one type, v of another.
+
+    Activations are made once, and every part writes its own columns of one result.
+    """
+
+    parts: tuple[PlaneWeight, ...]
+
+    @property
+    def out_features(self) -> int:
+        return sum(part.out_features for part in self.parts)
+
+    @property
+    def in_features(self) -> int:
+        return self.parts[0].in_features
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def linear(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """As :meth:`PlaneWeight.linear`."""
+        return self._multiply(_Input(x, x.dtype), bias, x, dtype)
+
+    def norm_linear(
+        self,
+        stream: Tensor,
+        norm: Tensor,
+        eps: float,
+        bias: Tensor | None,
+        activation: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """As :meth:`PlaneWeight.norm_linear`."""
+        y = self._multiply(_Input(stream, dtype, norm, eps), bias, stream, dtype)
+        return ACTIVATIONS[activation](y)
+
+    def linear_add(self, x: Tensor, bias: Tensor | None, stream: Tensor) -> None:
+        """As :meth:`PlaneWeight.linear_add`."""
+        source = _Input(x, x.dtype)
+        for part, place in self._places():
+            part.multiply_add(source, None if bias is None else bias[place], stream[:, place])
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        raise TypeError("an embedding is one matrix")
+
+    def _multiply(
+        self, source: _Input, bias: Tensor | None, like: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        y = like.new_empty((source.rows, self.out_features), dtype=dtype)
+        for part, place in self._places():
+            part.multiply(source, None if bias is None else bias[place], y[:, place])
+        return y
+
+    def _places(self) -> Iterator[tuple[PlaneWeight, slice]]:
+        """Every part with its columns."""
+        start = 0
+        for part in self.parts:
+            yield part, slice(start, start + part.out_features)
+            start += part.out_features
+
+
+_TUNED_TYPES = ("Q4_K", "Q6_K", "Q8_0", "Q5_K", "Q4_0")

@@ -1,0 +1,36 @@
+"""Splitting and merging in the decode kernel, with parts far shorter than a GPU would be given."""
+
+import pytest
+import torch
+
+from squall.kernels.attention import decode
+from squall.kernels.attention.paged import build_batch, paged_attention_reference
+from squall.kernels.cases import relative_error
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+CPU = torch.device("cpu")
+LENGTHS = (
+    ((1, 700),),
+    ((1, 16),),
+    ((1, 0),),
+    ((1, 300), (1, 1), (0, 0), (1, 0), (1, 900), (0, 40), (1, 33)),
+    ((0, 50), (1, 64)),
+    tuple((1, 5 + 9 * i) for i in range(17)),
+)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize(("window", "options"), [(0, ""), (70, "sinks"), (0, "fp8 sinks")])
+@pytest.mark.parametrize(("tile", "min_keys"), [(16, 16), (32, 64)])
+def test_parts_are_merged(
+    lengths: tuple[tuple[int, int], ...], window: int, options: str, tile: int, min_keys: int
+) -> None:
+    args = build_batch(lengths, (6, 2, 24), 8, (window, 0.0), torch.float32, CPU, options)
+    q, k, v, *index = args[:6]
+    config = {"tile": tile, "warps": 4, "stages": 2, "programs": 1, "min_keys": min_keys}
+    out = torch.full(q.shape, float("nan"))
+    limits = (args[8], window, 0.0)
+    for _ in range(2):  # the second launch needs the counters that the first one left
+        decode.decode(q, k, v, tuple(index), limits, args[11], out, config)
+        assert not decode._counters(CPU).any()
+    assert relative_error(out, paged_attention_reference(*args)) < 1e-5

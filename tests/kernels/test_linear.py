@@ -1,0 +1,275 @@
+"""The dense linear kernels with launch parameters that no rule picks here, and the rules.
+
+Case tables run a kernel as the rules launch it. This file runs the rest: tiles of all sizes, more
+parts of K than there are steps, programmatic dependent launch. A process can interpret kernels,
+compile them for another chip, or run them, so the first two have one of their own each:
+``python test_linear.py interpret`` and ``python test_linear.py compile 90``.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from squall.kernels import linear as dense
+from squall.kernels import linear_gemv, linear_skinny
+from squall.kernels.cases import ERROR_LIMITS, random, relative_error
+from squall.kernels.linear_epilogue import Epilogue
+from squall.kernels.tuning import Config
+
+CPU = torch.device("cpu")
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One launch: ``kind`` is "plain", "add", "norm", "silu" or "gelu_tanh"."""
+
+    kind: str
+    rows: int
+    features: int
+    columns: int
+    config: Config
+
+    def __str__(self) -> str:
+        parameters = "-".join(f"{k}{v}" for k, v in self.config.items())
+        return f"{self.kind}-{self.rows}x{self.features}x{self.columns}-{parameters}"
+
+    def run(self, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The result, and what it should be (float64, on the CPU)."""
+        m, n, k = self.rows, self.features, self.columns
+        gated = self.kind in ("silu", "gelu_tanh")
+        normed = "gemv" in self.config and self.kind != "plain" and self.kind != "add"
+        add = self.kind == "add"
+        w = (random((n * (1 + gated), k), torch.float32, CPU, 1) / k**0.5).to(dtype)
+        bias = random((w.shape[0],), dtype, CPU, 2)
+        x = random((m, k + 8), torch.float32 if normed else dtype, CPU, 3)[:, :k]
+        norm = random((k,), torch.float32, CPU, 4) if normed else None
+        out = random((m, n), torch.float32, CPU, 5) if add else torch.full((m, n), float("nan"))
+        y = x.double()
+        if norm is not None:
+            y = y / (y.square().mean(-1, keepdim=True) + EPS).sqrt() * norm.double()
+        y = y @ w.double().t() + bias.double()
+        if gated:
+            z, up = y.chunk(2, -1)
+            y = (F.silu(z) if self.kind == "silu" else F.gelu(z, approximate="tanh")) * up
+        if add:
+            y += out.double()
+        x, w, bias, out = (t.to(device) for t in (x, w, bias, out))
+        epilogue = Epilogue(out, bias, self.kind if gated else "none", add)
+        if "gemv" in self.config:
+            norm = None if norm is None else norm.to(device)
+            linear_gemv.gemv(x, w, epilogue, self.config, norm, EPS)
+        else:
+            linear_skinny.skinny(x, w, epilogue, self.config)
+        return out, y
+
+
+def _gemv(rows: int, warps: int, pdl: int = 0) -> Config:
+    return {"gemv": 1, "rows": rows, "warps": warps, "pdl": pdl}
+
+
+def _skinny(n: int, k: int, split: int, warps: int, stages: int, pdl: int = 0) -> Config:
+    config = {"skinny": 1, "block_n": n, "block_k": k, "split": split}
+    return {**config, "warps": warps, "stages": stages, "pdl": pdl}
+
+
+def variants() -> Iterator[Variant]:
+    yield Variant("plain", 1, 9, 512, _gemv(2, 1))
+    yield Variant("plain", 3, 19, 1031, _gemv(8, 8))
+    yield Variant("add", 2, 12, 2048, _gemv(4, 8))
+    yield Variant("norm", 4, 21, 4096, _gemv(8, 4))
+    yield Variant("silu", 1, 10, 2048, _gemv(4, 4))
+    yield Variant("gelu_tanh", 2, 5, 1000, _gemv(8, 2))
+    yield Variant("plain", 5, 33, 256, _skinny(32, 128, 1, 4, 5))
+    yield Variant("add", 16, 130, 512, _skinny(64, 128, 2, 4, 4))
+    yield Variant("silu", 33, 40, 200, _skinny(64, 64, 7, 4, 6))  # parts without a step
+    yield Variant("gelu_tanh", 65, 70, 640, _skinny(128, 64, 4, 8, 3))
+    yield Variant("plain", 200, 96, 256, _skinny(128, 64, 3, 8, 3))
+
+
+def dependent_variants() -> Iterator[Variant]:
+    """With programmatic dependent launch: sm_90 and newer."""
+    yield Variant("plain", 1, 40, 2048, _gemv(4, 8, pdl=1))
+    yield Variant("silu", 4, 21, 4096, _gemv(8, 4, pdl=1))
+    yield Variant("add", 8, 130, 1000, _skinny(64, 64, 3, 4, 5, pdl=1))
+    yield Variant("silu", 64, 70, 640, _skinny(64, 128, 1, 4, 4, pdl=1))
+
+
+def check(variant: Variant, dtype: torch.dtype, device: torch.device) -> None:
+    got, want = variant.run(dtype, device)
+    error = relative_error(got, want)
+    assert error <= ERROR_LIMITS[torch.float32], f"{variant}, {dtype}: error {error:.2e}"
+
+
+def interpret() -> None:
+    for variant in variants():
+        for dtype in (torch.float16, torch.float32):
+            if dtype == torch.float16 or "gemv" in variant.config:
+                check(variant, dtype, CPU)
+                print(f"{variant} {dtype}")
+
+
+def compile_for(capability: int) -> None:
+    """Print the shared memory of every variant, compiled for one chip."""
+    from aot_compile import OfflineDriver  # beside this file, which runs as a script here
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(OfflineDriver(capability))
+    launch = JITFunction.run
+    kernels = []
+
+    def compile_only(self, *args, grid, warmup, **kwargs):  # type: ignore[no-untyped-def]
+        kernels.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
+
+    JITFunction.run = compile_only
+    for variant in (*variants(), *(dependent_variants() if capability >= 90 else ())):
+        variant.run(torch.bfloat16, CPU)
+        assert len(kernels[-1].asm["cubin"]) > 0
+        assert ("griddepcontrol.wait" in kernels[-1].asm["ptx"]) == bool(variant.config["pdl"])
+        print(f"{kernels[-1].metadata.shared} {variant}")
+
+
+def _script(*arguments: str, **environment: str) -> list[str]:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, str(Path(__file__)), *arguments]
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.splitlines()
+
+
+def test_variants_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    assert len(_script("interpret", TRITON_INTERPRET="1")) == 17
+
+
+@pytest.mark.parametrize(("chip", "limit", "count"), [(80, 163, 11), (90, 227, 15)])
+def test_variants_compile_and_fit(chip: int, limit: int, count: int) -> None:
+    pytest.importorskip("triton")
+    lines = _script("compile", str(chip))
+    assert len(lines) == count
+    for line in lines:
+        assert int(line.split()[0]) <= limit * 1024, line
+
+
+def test_rows_decide_how_to_multiply() -> None:
+    half, single = torch.empty(64, 512, dtype=torch.bfloat16), torch.empty(64, 512)
+    for rows, way in ((1, "gemv"), (4, "gemv"), (5, "skinny"), (64, "skinny"), (65, "cublas")):
+        assert way in dense._choose(rows, half, gated=True), rows
+    assert "gemv" in dense._choose(4, single, gated=False)
+    assert "cublas" in dense._choose(5, single, gated=False)
+
+
+def test_a_table_decides_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {"n64-k512-m256": _skinny(64, 64, 1, 4, 4), "n64-k512-m1": {"cublas": 1}}
+    monkeypatch.setattr(dense, "tuned", lambda kernel, key, device: table.get(key))
+    w = torch.empty(64, 512, dtype=torch.bfloat16)
+    assert dense._choose(129, w, gated=False) == table["n64-k512-m256"]
+    assert "cublas" in dense._choose(1, w, gated=False)
+    assert "skinny" in dense._choose(32, w, gated=False)
+    assert "cublas" in dense._choose(257, w, gated=False)
+    assert "gemv" in dense._choose(1, w.float(), gated=False)
+
+
+@pytest.mark.parametrize("k", [32, 300, 2048, 14336])
+@pytest.mark.parametrize("features", [1, 576, 4096, 128256])
+def test_rules_fill_the_gpu_without_waste(features: int, k: int) -> None:
+    for gated in (False, True):
+        config = linear_gemv.rule(features, k, gated, CPU)
+        weights = features * (1 + gated)
+        assert config["rows"] == 2 or weights // config["rows"] >= 4 * 132
+        assert config["warps"] == 1 or config["warps"] * 256 <= 2 * k
+        config = linear_skinny.rule(features, k, gated, CPU)
+        assert config["split"] == 1 or k // config["split"] >= 512
+
+
+def test_every_problem_has_few_candidates_and_the_library_among_them() -> None:
+    problems = list(dense.TUNABLE.problems([(6144, 4096), (28672, 4096), (128256, 2048)]))
+    assert len({p.key for p in problems}) == len(problems) == 27
+    for problem in problems:
+        assert 2 <= len(problem.candidates) <= 16, problem.key
+        assert problem.candidates[-1] == {"cublas": 1}
+        assert len({tuple(c.items()) for c in problem.candidates}) == len(problem.candidates)
+
+
+def test_a_tuning_problem_runs() -> None:
+    problem = next(iter(dense.TUNABLE.problems([(64, 4096)])))
+    problem.build(CPU)({"cublas": 1})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_not_rounded(dtype: torch.dtype) -> None:
+    x, w = random((3, 64), dtype, CPU, 1), random((50, 64), dtype, CPU, 2)
+    got = dense.linear(x, w, None, torch.float32)
+    assert got.dtype == torch.float32
+    assert relative_error(got, x.double() @ w.double().t()) <= ERROR_LIMITS[torch.float32]
+
+
+ON_GPU = [
+    pytest.param(v, dtype, id=f"{v}-{str(dtype).removeprefix('torch.')}")
+    for v in (*variants(), *dependent_variants())
+    for dtype in (torch.bfloat16, torch.float16)
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("variant", "dtype"), ON_GPU)
+def test_variants_on_a_gpu(variant: Variant, dtype: torch.dtype) -> None:
+    if variant.config["pdl"] and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("programmatic dependent launch needs compute capability 9.0")
+    for _ in range(2):  # the second finds the counters as the first left them
+        check(variant, dtype, torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pdl", [0, 1])
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+def test_a_captured_chain_repeats_bit_by_bit(rows: int, pdl: int) -> None:
+    """Twelve layers whose kernels feed each other, eagerly and as one graph: with dependent launch
+    a kernel that reads too early shows here."""
+    if pdl and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("programmatic dependent launch needs compute capability 9.0")
+    device, dtype, hidden, inner = torch.device("cuda"), torch.bfloat16, 1024, 2816
+    up = random((2 * inner, hidden), torch.float32, CPU, 1).to(device, dtype) / hidden**0.5
+    down = random((hidden, inner), torch.float32, CPU, 2).to(device, dtype) / inner**0.5
+    norm = torch.ones(hidden, device=device)
+    start = random((rows, hidden), torch.float32, device, 3)
+    config = _gemv(4, 4, pdl) if rows <= 4 else _skinny(64, 64, 4, 4, 5, pdl)
+    stream = start.clone()
+
+    def chain() -> None:
+        for _ in range(12):
+            x = dense._norm_linear(stream, norm, EPS, up, None, "silu", dtype, config)
+            dense._linear_add(x, down, None, stream, config)
+
+    chain()
+    want = stream.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        chain()
+    for _ in range(5):
+        stream.copy_(start)
+        graph.replay()
+        assert torch.equal(stream, want)
+    expected = start.cpu()
+    for _ in range(12):
+        x = dense.norm_linear_reference(expected, norm.cpu(), EPS, up.cpu(), None, "silu", dtype)
+        dense.linear_add_reference(x, down.cpu(), None, expected)
+    assert relative_error(want, expected) <= ERROR_LIMITS[dtype]
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "interpret":
+        interpret()
+    else:
+        compile_for(int(sys.argv[2]))
