@@ -84,7 +84,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--profile", type=Path, metavar="FILE", help="write the time of each kernel to this file")
     add("--repeats", type=_positive, default=3)
     add("--max-seqs", type=_positive, help="sequences run at the same time")
-    add("--token-budget", type=_positive, default=DEFAULTS.token_budget, help="tokens of a step")
+    add("--token-budget", type=_positive, help="tokens of a step (default: the engine's)")
     add("--enforce-eager", action="store_true", help="no CUDA graphs")
     add("--peer-case", choices=peers.known_cases(), metavar="ROW", help="row of bench/peers.json")
     add("--json", type=Path, help="write the result to this file too")
@@ -123,7 +123,7 @@ def make_options(args: argparse.Namespace) -> EngineOptions:
         dtype=args.dtype,
         max_seqs=running,
         max_queue=max([DEFAULTS.max_queue, *(load.requests for load in loads)]),
-        token_budget=max(args.token_budget, running),
+        token_budget=args.token_budget,
         pa_ctxt_len=context,
         enforce_eager=args.enforce_eager,
     )
@@ -217,7 +217,7 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         "dtype": subject.dtype,
         "graphs": subject.graphs,
         "max_seqs": spec.options.max_seqs,
-        "token_budget": spec.options.token_budget,
+        "token_budget": engine.limits.token_budget,
         "load_s": {name: round(value, 2) for name, value in subject.seconds.items()},
         "memory_bytes": memory,
         "ceilings": asdict(ceilings),

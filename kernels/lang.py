@@ -7,7 +7,7 @@ Triton. A stand-in kernel cannot be launched: doing so raises ``RuntimeError``.
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["HAS_TRITON", "next_power_of_2", "tl", "triton"]
+__all__ = ["HAS_TRITON", "next_power_of_2", "tl", "triton", "wait_for_inputs"]
 
 
 class _MissingKernel:
@@ -46,6 +46,14 @@ except ImportError:
     pass
 else:
     triton, tl, HAS_TRITON = _triton, _language, True
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """With programmatic dependent launch: let the next kernel come, and wait for the last."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 def next_power_of_2(n: int) -> int:

@@ -15,10 +15,10 @@ None; ``stream`` is the float32 residual stream; rows of activations may be stri
     ``stream [M, N] += x w^T + bias``, in place, without rounding the product.
 
 A GPU has three ways, chosen by the number of rows M, which bounds what can be gained: a GEMV that
-fuses everything (``linear_gemv``, M <= 4), a tensor-core kernel that runs at memory speed
+fuses everything (``linear_gemv``, one row), a tensor-core kernel that runs at memory speed
 (``linear_skinny``, up to 256 rows where it was measured to win, up to 64 elsewhere), and the
-vendor's library for the rest. ``tuned("linear", "n<N>-k<K>-m<M, rounded up to a power of two>")``
-overrides the choice. float32 weights go to the library above four rows, without TF32.
+vendor's library for the rest. ``tuned("linear", "n<N>-k<K>-m<bucket of M>")``
+overrides the choice. float32 weights go to the library, without TF32.
 """
 
 import itertools
@@ -114,22 +114,27 @@ def _blas_add(x: Tensor, w: Tensor, bias: Tensor | None, stream: Tensor) -> None
     return None
 
 
+def _bucket(rows: int) -> int:
+    """Numbers of rows that are tuned, and compiled, together: 1, 8, 16, 32, ..."""
+    return 1 if rows == 1 else max(8, next_power_of_2(rows))
+
+
 def _key(n: int, k: int, bucket: int) -> str:
     return f"n{n}-k{k}-m{bucket}"
 
 
 def _choose(rows: int, w: Tensor, gated: bool) -> Config:
     """How to multiply ``rows`` rows with ``w``."""
-    (n, k), bucket = w.shape, next_power_of_2(rows)
-    features = n // 2 if gated else n
-    if w.dtype != torch.float32 and bucket <= linear_skinny.MAX_ROWS:
-        found = tuned("linear", _key(n, k, bucket), w.device)
-        if found is not None:
-            return found
-    if bucket <= linear_gemv.MAX_ROWS:
-        return linear_gemv.rule(features, k, gated, w.device)
-    if w.dtype != torch.float32 and bucket <= _MAX_UNTUNED_SKINNY:
-        return linear_skinny.rule(features, k, gated, w.device)
+    (n, k), bucket = w.shape, _bucket(rows)
+    if w.dtype == torch.float32 or bucket > linear_skinny.MAX_ROWS:
+        return _CUBLAS
+    found = tuned("linear", _key(n, k, bucket), w.device)
+    if found is not None:
+        return found
+    if rows == 1 and linear_gemv.supports(w):
+        return linear_gemv.rule(k)
+    if bucket <= _MAX_UNTUNED_SKINNY:
+        return linear_skinny.rule(n // 2 if gated else n, k, gated, w.device)
     return _CUBLAS
 
 
@@ -359,9 +364,9 @@ def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
     four times taller than wide, otherwise the projections of attention."""
     for n, k in shapes:
         gated = 4 * k <= n <= 65536
-        for bucket in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-            if bucket <= linear_gemv.MAX_ROWS:
-                found = linear_gemv.candidates(bucket)
+        for bucket in (1, 8, 16, 32, 64, 128, 256):
+            if bucket == 1:
+                found = linear_gemv.candidates(k, gated)
             else:
                 found = linear_skinny.candidates(bucket, n // 2 if gated else n, k, gated)
 

@@ -167,20 +167,25 @@ def candidates(bucket: int, features: int, k: int, gated: bool) -> Iterator[Conf
     """Launch parameters worth measuring for ``bucket`` rows of x."""
     weights = features * (2 if gated else 1)
     if bucket <= 32:
-        tiles = ((32, 128, 4, 5), (64, 64, 4, 6), (64, 128, 4, 4))
+        tiles = (
+            (32, 128, 4, 5),
+            (32, 256, 4, 4),
+            (64, 128, 4, 4),
+            (64, 128, 4, 6),
+            (128, 64, 8, 6),
+        )
     elif bucket <= 64:
-        tiles = ((64, 64, 4, 6), (64, 128, 4, 4), (128, 64, 4, 4))
+        tiles = ((64, 64, 4, 6), (64, 128, 4, 4), (128, 64, 4, 5), (128, 64, 8, 6))
     else:
-        tiles = ((64, 64, 4, 4), (128, 64, 8, 4), (128, 64, 8, 3))
+        tiles = ((64, 64, 4, 4), (128, 64, 8, 4), (128, 128, 8, 3))
     for block_n, block_k, warps, stages in tiles:
         count = -(-weights // block_n)
         steps = -(-k // block_k)
         # One, two or four programs a multiprocessor of a GPU with 132: whichever fill waves.
         splits = {max(1, min(round(n * 132 / count), steps // 2, 16)) for n in (1, 2, 4)}
         for split in sorted(splits):
-            yield _config(block_n, block_k, split, warps, stages)
-            if split == max(splits):
-                yield _config(block_n, block_k, split, warps, stages, pdl=1)
+            yield _config(block_n, block_k, split, warps, stages, pdl=1)
+        yield _config(block_n, block_k, min(splits), warps, stages)
 
 
 def skinny(x: Tensor, w: Tensor, epilogue: Epilogue, config: Config) -> None:

@@ -94,3 +94,16 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "xpu":
         return int(torch.xpu.get_device_properties(device).gpu_subslice_count)
     return 132
+
+
+@functools.cache
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Launch options that let a kernel start while the one before it drains (programmatic dependent
+    launch, NVIDIA compute capability 9.0); empty elsewhere.
+
+    A kernel launched so must call ``squall.kernels.lang.wait_for_inputs`` before it touches
+    anything that another kernel of the step reads or writes.
+    """
+    if device.type != "cuda" or torch.version.hip:
+        return {}
+    return {"launch_pdl": True} if torch.cuda.get_device_capability(device) >= (9, 0) else {}

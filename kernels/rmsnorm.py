@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from squall.kernels.cases import BF16, BOTH, Case, random
-from squall.kernels.lang import next_power_of_2, tl, triton
-from squall.kernels.op import op
+from squall.kernels.lang import next_power_of_2, tl, triton, wait_for_inputs
+from squall.kernels.op import dependent_launch, op
 
 MAX_DIM = 16384
 
@@ -42,8 +42,10 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     ADD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (blocks of ROWS rows,); with ADD, y is added to."""
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (columns < DIM)[None, :]
@@ -74,9 +76,11 @@ def _launch(x: Tensor, weight: Tensor, eps: float, y: Tensor, add: bool) -> None
         return
     count, dim = x.shape
     block, rows, warps = _tile(dim)
+    pdl = dependent_launch(x.device)
     _rms_norm_kernel[((count + rows - 1) // rows,)](
-        x, weight, y, count, x.stride(0), y.stride(0), eps, dim, block, rows, add, num_warps=warps
-    )
+        x, weight, y, count, x.stride(0), y.stride(0), eps, dim, block, rows, add, bool(pdl),
+        num_warps=warps, **pdl,
+    )  # fmt: skip
 
 
 def rms_norm_launcher(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from squall.kernels.attention.paged import paged_attention
+from squall.kernels.attention.prompt import prefill_attention
 from squall.kernels.attention.rope_store import rope_store_kv
 from squall.models.batch import Batch
 from squall.models.config import DecoderConfig, LayerConfig
@@ -52,17 +53,12 @@ class Attention:
         q = rope_store_kv(
             qkv, self.q_norm, self.k_norm, self.eps, batch.positions, rope, *cache, batch.slots
         )
-        mixed = paged_attention(
-            q,
-            *cache,
-            batch.block_tables,
-            batch.query_start,
-            batch.context_lens,
-            batch.max_query_len,
-            batch.max_context_len,
-            self.scale,
-            self.window,
-            self.softcap,
-            None,
-        )
+        limits = self.scale, self.window, self.softcap, None
+        index = batch.block_tables, batch.query_start, batch.context_lens
+        if batch.query_lens and batch.max_query_len > 1:
+            lengths = batch.query_lens, batch.contexts
+            mixed = prefill_attention(q, *cache, *index, *lengths, *limits)
+        else:
+            longest = batch.max_query_len, batch.max_context_len
+            mixed = paged_attention(q, *cache, *index, *longest, *limits)
         return mixed.view(stream.shape[0], -1)

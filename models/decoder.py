@@ -38,13 +38,22 @@ class Block:
             self.mlp_norm = norm("post_attention_layernorm")
 
     def __call__(
-        self, stream: Tensor, batch: Batch, cache: tuple[Tensor, Tensor], rope: Tensor
-    ) -> None:
-        """Carry ``stream`` [T, hidden] float32 through this layer, in place."""
+        self,
+        stream: Tensor,
+        batch: Batch,
+        cache: tuple[Tensor, Tensor],
+        rope: Tensor,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Carry ``stream`` [T, hidden] float32 through this layer, in place, and return it. With
+        ``rows`` (int [L]) only these are carried to the end and returned, [L, hidden]."""
         mixed = self.attention.mixed(stream, self.input_norm, batch, cache, rope)
+        if rows is not None:
+            mixed, stream = mixed.index_select(0, rows), stream.index_select(0, rows)
         self._add(self.attention.out, mixed, self.post_attention_norm, stream)
         inner = self.mlp.inner(stream, self.mlp_norm, self.eps)
         self._add(self.mlp.down, inner, self.post_mlp_norm, stream)
+        return stream
 
     def _add(self, projection: Linear, x: Tensor, norm: Tensor | None, stream: Tensor) -> None:
         if norm is None:
@@ -103,11 +112,12 @@ class Decoder:
         if config.embedding_scale != 1.0:  # rounded to the model's dtype, as transformers does
             stream = stream * torch.tensor(config.embedding_scale, dtype=self.dtype).item()
         stream = stream.float()
-        for block, *pages in zip(self.blocks, cache.keys, cache.values, strict=True):
-            block(stream, batch, (pages[0], pages[1]), self.ropes[block.rope])
-        if batch.logit_rows is not None:
-            stream = stream.index_select(0, batch.logit_rows)
-        return self.logits(stream)
+        *blocks, last = zip(self.blocks, cache.keys, cache.values, strict=True)
+        for block, keys, values in blocks:
+            block(stream, batch, (keys, values), self.ropes[block.rope])
+        block, keys, values = last
+        rows = batch.logit_rows  # no other row is needed once the last layer's cache is written
+        return self.logits(block(stream, batch, (keys, values), self.ropes[block.rope], rows))
 
     def logits(self, stream: Tensor) -> Tensor:
         """Final norm and head: ``[L, hidden] -> [L, vocab]``, float32."""

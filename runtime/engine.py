@@ -178,15 +178,17 @@ def run_loop(
                 engine.runner.release()
 
 
-def probe_batch(tokens: int, seqs: int, block_size: int, device: torch.device) -> Batch:
-    """The heaviest legal step: ``tokens`` prompt tokens of one sequence, logits of ``seqs`` rows.
+def probe_batch(model: Decoder, tokens: int, seqs: int, block_size: int) -> Batch:
+    """The heaviest legal step: ``tokens`` prompt tokens, logits of ``seqs`` rows.
 
-    Nothing is stored (slots are negative); attention reads the first blocks of the cache.
+    They are one sequence, however long sequences may be. Nothing is stored (slots are negative);
+    attention reads the first blocks of the cache.
     """
+    device = model.device
     blocks = -(-tokens // block_size)
     return Batch(
         token_ids=torch.zeros(tokens, dtype=torch.int64, device=device),
-        positions=torch.arange(tokens, device=device),
+        positions=torch.arange(tokens, device=device) % len(model.ropes[0]),
         slots=torch.full((tokens,), -1, dtype=torch.int64, device=device),
         query_start=torch.tensor([0, tokens], dtype=torch.int32, device=device),
         context_lens=torch.tensor([tokens], dtype=torch.int32, device=device),

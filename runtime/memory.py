@@ -51,11 +51,18 @@ class KVPlan:
     max_seq_len: int
 
 
+def token_budget(options: EngineOptions, total: int, lazy: bool) -> int:
+    """Tokens of one step on a device of ``total`` bytes (``lazy``: a CPU): long steps use a large
+    GPU better, elsewhere they would only hold up running requests."""
+    chosen = options.token_budget or (8192 if total >= 32 * GIB and not lazy else 2048)
+    return max(chosen, options.max_seqs)
+
+
 def check_options(options: EngineOptions) -> None:
     """Raise OptionError for the first value that is out of range."""
-    for name in ("max_seqs", "max_queue", "token_budget"):
+    for name in ("max_seqs", "max_queue"):
         _at_least_one(name, getattr(options, name))
-    for name in ("max_seq_len", "pa_gpu_mem", "pa_ctxt_len"):
+    for name in ("token_budget", "max_seq_len", "pa_gpu_mem", "pa_ctxt_len"):
         if getattr(options, name) is not None:
             _at_least_one(name, getattr(options, name))
     usage = options.pa_gpu_mem_usage

@@ -17,7 +17,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_seq_len: int | None = None  # tokens, prompt and output together
     max_seqs: int = 32  # sequences computed at the same time
     max_queue: int = 512  # requests allowed to wait
-    token_budget: int = 2048  # tokens of one step
+    token_budget: int | None = None  # tokens of one step
     pa_gpu_mem: int | None = None  # MiB for the KV cache
     pa_gpu_mem_usage: float | None = None  # share of the device's memory, 0..1
     pa_ctxt_len: int | None = None  # tokens the KV cache must hold

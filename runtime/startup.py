@@ -25,6 +25,7 @@ from squall.runtime.memory import (
     check_length,
     check_options,
     plan_kv,
+    token_budget,
 )
 from squall.runtime.messages import Load, ModelCard
 from squall.runtime.options import EngineOptions
@@ -152,16 +153,16 @@ def start_engine(
     token_bytes = config.kv_bytes_per_token(model.dtype.itemsize)
     plan = plan_kv(options, facts, token_bytes, config.max_position)
     cache = _cache(model, plan.blocks, options.pa_blk_size)
-    engine = Engine(model, cache, _limits(options, plan))
+    engine = Engine(model, cache, _limits(options, plan, facts))
     if model.device.type == "cuda" and not options.enforce_eager:
         engine.runner.capture(progress)
     return engine, plan, facts
 
 
-def _limits(options: EngineOptions, plan: KVPlan) -> Limits:
+def _limits(options: EngineOptions, plan: KVPlan, facts: MemoryFacts) -> Limits:
     return Limits(
         max_seqs=options.max_seqs,
-        token_budget=max(options.token_budget, options.max_seqs),
+        token_budget=token_budget(options, facts.total, facts.lazy),
         block_size=options.pa_blk_size,
         max_queue=options.max_queue,
         max_seq_len=plan.max_seq_len,
@@ -178,7 +179,8 @@ def _cache(model: Decoder, blocks: int, block_size: int) -> KVCache:
 def _measure(model: Decoder, options: EngineOptions) -> MemoryFacts:
     """Memory as it is with the weights loaded, and the peak of the largest legal step."""
     backend = backend_of(model.device)
-    tokens = min(options.token_budget, options.max_seq_len or model.config.max_position)
+    lazy = model.device.type == "cpu"
+    tokens = token_budget(options, backend.memory(model.device)[1], lazy)
     on_cpu = model.device.type in ("cpu", "mps")
     activations = (
         _estimate_activations(model.config, tokens, options.max_seqs, model.dtype.itemsize)
@@ -186,9 +188,7 @@ def _measure(model: Decoder, options: EngineOptions) -> MemoryFacts:
         else _probe_activations(model, tokens, options)
     )
     free, total = backend.memory(model.device)
-    return MemoryFacts(
-        str(model.device), total, free, model.nbytes, activations, lazy=model.device.type == "cpu"
-    )
+    return MemoryFacts(str(model.device), total, free, model.nbytes, activations, lazy)
 
 
 @torch.inference_mode()
@@ -198,7 +198,7 @@ def _probe_activations(model: Decoder, tokens: int, options: EngineOptions) -> i
     cache = _cache(model, -(-tokens // options.pa_blk_size), options.pa_blk_size)
     before = module.memory_allocated(model.device)
     module.reset_peak_memory_stats(model.device)
-    batch = probe_batch(tokens, options.max_seqs, options.pa_blk_size, model.device)
+    batch = probe_batch(model, tokens, options.max_seqs, options.pa_blk_size)
     logits = model(batch, cache)
     vocab_size = model.config.vocab_size
     Sampler(vocab_size, model.device).sample(logits, demanding_rows(len(logits), vocab_size))

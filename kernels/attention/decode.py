@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from squall.kernels.attention.fp8 import read, value_as
-from squall.kernels.attention.tile import dot_precision, nearest_keys, softcapped
-from squall.kernels.lang import next_power_of_2, tl, triton
-from squall.kernels.op import multiprocessors
+from squall.kernels.attention.tile import dot_precision, nearest_keys, padded_dim, softcapped
+from squall.kernels.lang import next_power_of_2, tl, triton, wait_for_inputs
+from squall.kernels.op import dependent_launch, multiprocessors
 from squall.kernels.tuning import Config, tuned
 
 MAX_COUNTERS = 1 << 18
@@ -163,10 +163,12 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (slots * kv heads * blocks of a group's query heads,); a part's result goes to
     ``partial_ptr`` f32 [slots, H, DIM], the log2 of its sum of weights to ``lse_ptr`` [slots, H],
     unless it is the only one."""
+    wait_for_inputs(PDL)
     HEADS: tl.constexpr = KV_HEADS * GROUP
     head_blocks: tl.constexpr = (GROUP + BLOCK_HEADS - 1) // BLOCK_HEADS
     program = tl.program_id(0) % (KV_HEADS * head_blocks)
@@ -298,7 +300,7 @@ def decode(
     heads, dim = q.shape[1:]
     block_size, kv_heads = k_cache.shape[1:3]
     sequences, group = tables.shape[0], heads // kv_heads
-    block_dim, batch = next_power_of_2(dim), _bucket(sequences)
+    block_dim, batch = padded_dim(dim), _bucket(sequences)
     if config is None:
         key = config_key(dim, group, kv_heads, k_cache.dtype, sequences)
         config = tuned("decode", key, q.device) or _rule(block_dim, k_cache.itemsize, batch)
@@ -316,11 +318,12 @@ def decode(
     assert sequences * programs <= MAX_COUNTERS, f"{sequences} sequences, {programs} programs each"
     partial = torch.empty((slots, heads, dim), dtype=torch.float32, device=q.device)
     lse = torch.empty((slots, heads), dtype=torch.float32, device=q.device)
+    pdl = dependent_launch(q.device)
     _decode_kernel[(slots * programs,)](
         q, read(k_cache), read(v_cache), out, partial, lse, _counters(q.device), tables,
         query_start, context_lens, lse if sinks is None else sinks, sequences, slots,
         tables.stride(0), q.stride(0), q.stride(1), scale, softcap,
         kv_heads, group, dim, block_dim, block_heads, merge_heads, merge_parts, block_size, batch,
         tile, min_tiles, window, softcap > 0, sinks is not None, dot_precision(q.device),
-        num_warps=warps, num_stages=config["stages"],
+        bool(pdl), num_warps=warps, num_stages=config["stages"], **pdl,
     )  # fmt: skip

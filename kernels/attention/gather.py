@@ -32,17 +32,19 @@ def _fake(
     return k, v
 
 
-@triton.jit(do_not_specialize=["elements"])
+@triton.jit(do_not_specialize=["length"])
 def _gather_kernel(  # type: ignore[no-untyped-def]
-    k_cache_ptr, v_cache_ptr, k_ptr, v_ptr, table_ptr, elements,
-    BLOCK_ELEMENTS: tl.constexpr, BLOCK: tl.constexpr,
+    k_cache_ptr, v_cache_ptr, k_ptr, v_ptr, table_ptr, length,
+    BLOCK_SIZE: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of the sequence, parts of a block's BLOCK_ELEMENTS elements)."""
+    """Grid (blocks of the sequence, parts of a block's BLOCK_SIZE tokens of ROW elements). The mask
+    goes by tokens, which leaves loads and stores as wide as rows allow."""
+    BLOCK_ELEMENTS: tl.constexpr = BLOCK_SIZE * ROW
     place = tl.program_id(0).to(tl.int64)
     element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     source = tl.load(table_ptr + place).to(tl.int64) * BLOCK_ELEMENTS + element
     target = place * BLOCK_ELEMENTS + element
-    mask = (element < BLOCK_ELEMENTS) & (target < elements)
+    mask = (element // ROW < BLOCK_SIZE) & (place * BLOCK_SIZE + element // ROW < length)
     k = tl.load(k_cache_ptr + source, mask=mask, other=0.0)
     v = tl.load(v_cache_ptr + source, mask=mask, other=0.0)
     tl.store(k_ptr + target, value_as(k, k_ptr.dtype.element_ty), mask=mask)
@@ -62,9 +64,9 @@ def gather_kv_launcher(
     k, v = _fake(k_cache, v_cache, table, length, dtype)
     if length == 0:
         return k, v
-    elements, block = block_size * kv_heads * dim, 4096
-    _gather_kernel[(blocks, -(-elements // block))](
-        read(k_cache), read(v_cache), k, v, table, k.numel(), elements, block, num_warps=4
+    row, block = kv_heads * dim, 4096
+    _gather_kernel[(blocks, -(-block_size * row // block))](
+        read(k_cache), read(v_cache), k, v, table, length, block_size, row, block, num_warps=4
     )
     return k, v
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from squall.kernels.attention.fp8 import read, value_as
-from squall.kernels.attention.tile import dot_precision, nearest_keys, softcapped
-from squall.kernels.lang import next_power_of_2, tl, triton
+from squall.kernels.attention.tile import dot_precision, nearest_keys, padded_dim, softcapped
+from squall.kernels.lang import tl, triton
 from squall.kernels.tuning import Config, tuned
 
 
@@ -232,7 +232,7 @@ def prefill(
     heads, dim = q.shape[1:]
     block_size, kv_heads = k_cache.shape[1:3]
     sequences, group = tables.shape[0], heads // kv_heads
-    block_dim = next_power_of_2(dim)
+    block_dim = padded_dim(dim)
     if config is None:
         key = config_key(dim, group, k_cache.dtype)
         config = tuned("prefill", key, q.device) or _rule(block_dim, q.itemsize)

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from squall.kernels.attention.fp8 import stored_as, to_cache_dtype, written
 from squall.kernels.cases import BF16, BOTH, Case, random
-from squall.kernels.lang import next_power_of_2, tl, triton
-from squall.kernels.op import op
+from squall.kernels.lang import next_power_of_2, tl, triton, wait_for_inputs
+from squall.kernels.op import dependent_launch, op
 
 
 def rope_store_kv_reference(
@@ -173,8 +173,10 @@ def _rope_store_kernel(  # type: ignore[no-untyped-def]
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Grid (tokens, blocks of q heads + of k heads + of v heads)."""
+    wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     q_blocks: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
@@ -233,12 +235,13 @@ def rope_store_kv_launcher(
         return q
     block_heads = max(1, min(512 // next_power_of_2(dim), next_power_of_2(kv_heads)))
     blocks = -(-heads // block_heads) + 2 * -(-kv_heads // block_heads)
+    pdl = dependent_launch(qkv.device)
     _rope_store_kernel[(tokens, blocks)](
         qkv, cos_sin if q_norm is None else q_norm, cos_sin if k_norm is None else k_norm,
         positions, cos_sin, q, written(k_cache), written(v_cache), slots, qkv.stride(0), eps,
         heads, kv_heads, dim, rotary // 2, q_norm is not None, k_norm is not None, block_heads,
         next_power_of_2(rotary // 2), next_power_of_2(max(1, dim - rotary)), next_power_of_2(dim),
-        num_warps=2,
+        bool(pdl), num_warps=2, **pdl,
     )  # fmt: skip
     return q
 

@@ -2,9 +2,14 @@
 
 import torch
 
-from squall.kernels.lang import tl, triton
+from squall.kernels.lang import next_power_of_2, tl, triton
 
 MAX_HEAD_DIM = 256
+
+
+def padded_dim(dim: int) -> int:
+    """Columns of a tile for heads of ``dim`` elements: a tensor core takes 16 at least."""
+    return max(16, next_power_of_2(dim))
 
 
 def dot_precision(device: torch.device) -> str:

@@ -21,29 +21,17 @@ float32 partial sums in a workspace; the last to arrive, found by a counter, add
 order, so results are reproducible. It also sets the counter back to zero.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor
 
-from squall.kernels.activation import gelu_tanh_mul_reference, silu_mul_reference
-from squall.kernels.cases import Case, random
-from squall.kernels.lang import next_power_of_2, tl, triton
+from squall.kernels.lang import tl, triton
 from squall.kernels.linear_epilogue import gate, store, weight_rows
-from squall.kernels.op import multiprocessors, op
-from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.gemm_dequant import (
-    GAIN,
     run_scales,
     run_weights,
     spread_words,
     super_scales,
     two_runs,
 )
-from squall.kernels.quant.planes import SUPER, Planes, dequantize, layout, random_planes
-from squall.kernels.tuning import Config, Problem, Tunable, tuned
 
 MAX_ROWS = 256
 MAX_TILES = 65536  # of products with split > 1
@@ -136,6 +124,7 @@ def _plane_gemm_kernel(  # type: ignore[no-untyped-def]
     scales_row = scales_ptr + w_row * (padded // 64 * WORDS)
     if supers_ptr is not None:
         supers_row = w_row * (padded // 256)
+        odd = (supers_row & 1).to(tl.int32)
 
     z = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     blocks = tl.cdiv(K, BLOCK_K)
@@ -145,8 +134,8 @@ def _plane_gemm_kernel(  # type: ignore[no-untyped-def]
         elif KIND == "byte":
             # One float16. Only loads of 32 bits and more go through shared memory ahead of time,
             # so take two and choose.
-            s = supers_row + i * BLOCK_K // 256
-            supers = tl.load(supers_ptr + (s >> 1)) >> (i & 1) * 16
+            s = i * BLOCK_K // 256
+            supers = tl.load(supers_ptr + ((supers_row + s) >> 1)) >> ((s + odd) & 1) * 16
         else:
             supers = 0
         supers = super_scales(supers, GAIN, KIND, PTX)

@@ -230,6 +230,6 @@ def two_runs(a, b, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     first = (tl.arange(0, 2) == 0)[None, :, None]
     v = tl.where(first, a[:, None, :], b[:, None, :]).reshape(a.shape[0], 32)
     low, high = _halves(v)
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         low, high = low.to(tl.float32).to(DTYPE), high.to(tl.float32).to(DTYPE)
     return tl.join(low, high).reshape(a.shape[0], 64)

@@ -10,10 +10,9 @@ Three ways to multiply, by the number of rows M of the activations:
 choice where the other way can be taken.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -23,11 +22,10 @@ from squall.kernels.lang import next_power_of_2
 from squall.kernels.linear import linear, linear_add
 from squall.kernels.quant import gemm, gemv
 from squall.kernels.quant.activations import Quantized, norm_quantize_rows, quantize_rows
-from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.expand import expand_planes, plane_rows
-from squall.kernels.quant.planes import Planes, padded, random_planes
+from squall.kernels.quant.planes import Planes, padded
 from squall.kernels.rmsnorm import rms_norm
-from squall.kernels.tuning import Config, Problem, Tunable, tuned
+from squall.kernels.tuning import tuned
 
 _SCRATCH_BYTES = 256 << 20  # of weights expanded at a time
 _WAYS = ("gemv", "gemm", "blas")

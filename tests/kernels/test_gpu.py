@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from squall.kernels.attention.paged import build_batch, paged_attention
+from squall.kernels.attention.prompt import prefill_attention
 from squall.kernels.cases import ERROR_LIMITS, Case, all_cases, relative_error, results
 
 pytestmark = pytest.mark.gpu
+PROMPTS = [case for case in all_cases() if case.op is prefill_attention]
 CPU = torch.device("cpu")
 ROWS = [
     pytest.param(case, dtype, id=f"{case.name}-{str(dtype).removeprefix('torch.')}")
@@ -31,6 +33,14 @@ def test_gpu_matches_reference(
     torch.cuda.synchronize()
     assert all(t.is_cuda for t in got)
     check_results(case, got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", PROMPTS, ids=lambda case: case.name)
+def test_prompts_without_poison(case: Case, dtype: torch.dtype, check_results) -> None:
+    """Poisoning needs torch's deterministic mode, in which long prompts do not go to cuDNN."""
+    want = results(case, case.reference, case.build(dtype, CPU))
+    check_results(case, results(case, case.op, case.build(dtype, torch.device("cuda"))), want)
 
 
 @pytest.mark.parametrize("batch", [1, 40])

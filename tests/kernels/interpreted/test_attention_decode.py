@@ -9,19 +9,20 @@ from squall.kernels.cases import relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 CPU = torch.device("cpu")
-LENGTHS = (
-    ((1, 700),),
-    ((1, 16),),
-    ((1, 0),),
-    ((1, 300), (1, 1), (0, 0), (1, 0), (1, 900), (0, 40), (1, 33)),
-    ((0, 50), (1, 64)),
-    tuple((1, 5 + 9 * i) for i in range(17)),
+ONE, UNEVEN = ((1, 500),), ((1, 200), (1, 1), (0, 0), (1, 0), (1, 450), (0, 40), (1, 33))
+CASES = (
+    (ONE, 0, "", 16, 16),
+    (ONE, 70, "fp8", 32, 32),
+    (((1, 0),), 0, "sinks", 16, 16),
+    (((0, 50), (1, 64)), 0, "", 16, 16),
+    (UNEVEN, 0, "", 32, 64),
+    (UNEVEN, 70, "sinks", 16, 16),
+    (UNEVEN, 0, "fp8 sinks", 16, 16),
+    (tuple((1, 5 + 9 * i) for i in range(17)), 0, "sinks", 32, 64),
 )
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize(("window", "options"), [(0, ""), (70, "sinks"), (0, "fp8 sinks")])
-@pytest.mark.parametrize(("tile", "min_keys"), [(16, 16), (32, 64)])
+@pytest.mark.parametrize(("lengths", "window", "options", "tile", "min_keys"), CASES)
 def test_parts_are_merged(
     lengths: tuple[tuple[int, int], ...], window: int, options: str, tile: int, min_keys: int
 ) -> None:
