@@ -2,8 +2,8 @@
 
 A token's weight is ``exp((logit - best) / temperature)`` in (0, 1], float32. Weights are compared
 by their bits: those of floats that are not negative are integers in the same order, and the best
-token's are ``ONE``. top-k, top-p and min-p all keep the tokens from some weight upwards, so cutting
-a row is finding the least weight kept, the *edge*. With
+token's are 0x3F800000. top-k, top-p and min-p all keep the tokens from some weight upwards, so
+cutting a row is finding the least weight kept, the *edge*. With
 
     C(v), M(v)   number and mass of the tokens whose bits are greater than v
     inside(v)    C(v) < top_k  and  M(v) < top_p * (mass of all)  and  v >= the bits of min_p
@@ -11,6 +11,8 @@ a row is finding the least weight kept, the *edge*. With
 ``inside`` is true from some v upwards, and the edge is the least weight there is for which it is:
 a binary search over integers, between ``low`` (false) and ``high`` (true). Of the tokens at the
 edge itself as many are kept, by ascending id, as the limits leave room for.
+
+Loops over a whole row are one program's alone: ``num_stages`` keeps enough loads in flight.
 """
 
 from squall.kernels.lang import tl, triton

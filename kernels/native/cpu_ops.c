@@ -226,50 +226,74 @@ INLINE float total(Vec v)
     return (v[0] + v[4]) + (v[1] + v[5]) + ((v[2] + v[6]) + (v[3] + v[7]));
 }
 
-static inline int64_t row_of(const Decode *a, const int32_t *table, int64_t at, int64_t kv)
+/* Rows of a cache that follow each other: of one block, for one kv head. */
+typedef struct {
+    const float *row;
+    int64_t count;
+} Span;
+
+/* The rows from `at` on, up to the end of their block or to `end`. */
+INLINE Span span_at(const Decode *a, const float *cache, const int32_t *table, int64_t kv,
+                    int64_t at, int64_t end)
 {
-    const int64_t size = a->block_size;
-    return (((int64_t)table[at / size] * size + at % size) * a->kv_heads + kv) * a->dim;
+    const int64_t size = a->block_size, block = at / size, offset = at - block * size;
+    const int64_t count = size - offset < end - at ? size - offset : end - at;
+    const int64_t row = (int64_t)table[block] * size + offset;
+    return (Span){cache + (row * a->kv_heads + kv) * a->dim, count};
 }
 
-/* scores[j] = scale * q . key j for the keys from `first` on. `dim` is a constant where inlined. */
+/* scores[j] = scale * q . key first + j. `dim` is a constant where inlined. */
 INLINE void score_keys(const Decode *a, const int32_t *table, const float *q, int64_t kv,
-                       int64_t first, int64_t count, float *scores, int64_t dim)
+                       int64_t first, int64_t end, float *scores, int64_t dim)
 {
-    for (int64_t j = 0; j < count; j++) {
-        const float *key = a->k_cache + row_of(a, table, first + j, kv);
-        Vec low = {0}, high = {0};
-        int64_t i = 0;
-        for (; i + 2 * WIDE <= dim; i += 2 * WIDE) {
-            low += load(q + i) * load(key + i);
-            high += load(q + i + WIDE) * load(key + i + WIDE);
+    for (int64_t at = first; at < end;) {
+        Span span = span_at(a, a->k_cache, table, kv, at, end);
+        const float *key = span.row;
+        at += span.count;
+        for (int64_t j = 0; j < span.count; j++, key += a->kv_heads * dim) {
+            Vec low = {0}, high = {0};
+            int64_t i = 0;
+            for (; i + 2 * WIDE <= dim; i += 2 * WIDE) {
+                low += load(q + i) * load(key + i);
+                high += load(q + i + WIDE) * load(key + i + WIDE);
+            }
+            float score = total(low + high);
+            for (; i < dim; i++)
+                score += q[i] * key[i];
+            *scores++ = score * a->scale;
         }
-        float score = total(low + high);
-        for (; i < dim; i++)
-            score += q[i] * key[i];
-        scores[j] = score * a->scale;
     }
 }
 
-/* out = sum over j of weights[j] * value j, 64 elements at a time in registers. */
+/* out = sum over j of weights[j] * value first + j, 64 elements at a time in registers. */
 INLINE void mix_values(const Decode *a, const int32_t *table, const float *weights, int64_t kv,
-                       int64_t first, int64_t count, float *out, int64_t dim)
+                       int64_t first, int64_t end, float *out, int64_t dim)
 {
     int64_t i = 0;
     for (; i + 8 * WIDE <= dim; i += 8 * WIDE) {
         Vec sum[8] = {{0}};
-        for (int64_t j = 0; j < count; j++) {
-            const float *value = a->v_cache + row_of(a, table, first + j, kv) + i;
+        const float *weight = weights;
+        for (int64_t at = first; at < end;) {
+            Span span = span_at(a, a->v_cache, table, kv, at, end);
+            const float *value = span.row + i;
+            at += span.count;
+            for (int64_t j = 0; j < span.count; j++, value += a->kv_heads * dim, weight++) {
 #pragma GCC unroll 8
-            for (int n = 0; n < 8; n++)
-                sum[n] += weights[j] * load(value + n * WIDE);
+                for (int n = 0; n < 8; n++)
+                    sum[n] += *weight * load(value + n * WIDE);
+            }
         }
         memcpy(out + i, sum, sizeof sum);
     }
     for (; i < dim; i++) {
         float sum = 0.0f;
-        for (int64_t j = 0; j < count; j++)
-            sum += weights[j] * a->v_cache[row_of(a, table, first + j, kv) + i];
+        const float *weight = weights;
+        for (int64_t at = first; at < end;) {
+            Span span = span_at(a, a->v_cache, table, kv, at, end);
+            at += span.count;
+            for (int64_t j = 0; j < span.count; j++)
+                sum += *weight++ * span.row[j * a->kv_heads * dim + i];
+        }
         out[i] = sum;
     }
 }
@@ -303,10 +327,9 @@ INLINE void decode_head(const Decode *a, int64_t s, int64_t head, float *scores,
     const int64_t first = a->window && context > a->window ? context - a->window : 0;
     const int32_t *table = a->tables + s * a->table_stride;
     const float *q = a->q + s * a->token_stride + head * a->head_stride;
-    score_keys(a, table, q, kv, first, context - first, scores, dim);
+    score_keys(a, table, q, kv, first, context, scores, dim);
     softmax(scores, context - first, a->softcap, a->sinks ? a->sinks + head : NULL);
-    mix_values(a, table, scores, kv, first, context - first,
-               a->out + (s * a->heads + head) * dim, dim);
+    mix_values(a, table, scores, kv, first, context, a->out + (s * a->heads + head) * dim, dim);
 }
 
 static void decode_heads(const void *data, int64_t begin, int64_t end)
@@ -341,7 +364,7 @@ int squall_decode_attention(TeamRun team, int threads, const float *q, const flo
                    block_size, table_stride, token_stride, head_stride, longest, window, scale,
                    softcap};
     int64_t work = 2 * dim * longest; /* multiplications of a head */
-    run(team, threads, seqs * heads, 1 + 524288 / work, decode_heads, &args);
+    run(team, threads, seqs * heads, 1 + 65536 / work, decode_heads, &args);
     free(scores);
     return 0;
 }

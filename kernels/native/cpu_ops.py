@@ -100,6 +100,8 @@ class CpuOps:
         tokens, width = qkv.shape
         _, _, kv_heads, dim = k_cache.shape
         heads = width // dim - 2 * kv_heads
+        assert k_cache.is_contiguous(), "the caches must be dense"
+        assert v_cache.is_contiguous(), "the caches must be dense"
         positions, slots = positions.contiguous(), slots.contiguous()
         q = torch.empty((tokens, heads, dim), dtype=_f32)
         self._rope_store(

@@ -76,14 +76,15 @@ static void take_pieces(int number)
 static uint64_t await_job(uint64_t seen)
 {
     const int64_t end = now_ns() + AWAKE_NS;
-    do
+    do {
         for (int i = 0; i < 32; i++) {
             uint64_t job = atomic_load(&team.ticket) >> 32;
             if (job != seen)
                 return job;
             relax();
         }
-    while (now_ns() < end);
+        sched_yield(); /* the caller may be waiting for this very core */
+    } while (now_ns() < end);
     pthread_mutex_lock(&team.mutex);
     atomic_fetch_add(&team.sleepers, 1);
     while (atomic_load(&team.ticket) >> 32 == seen)

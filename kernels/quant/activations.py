@@ -243,14 +243,12 @@ def _quantize_case(rows: int, k: int) -> Case:
         x[:, 32:64] = 0
         return x, pad_columns(k)
 
-    fns = (quantize_rows, quantize_rows_reference, quantize_rows_launcher)
-    return Case(
-        f"quantize_rows-{rows}x{k}",
-        *(_as_numbers(fn) for fn in fns),
-        build,
-        aot=BOTH * (k == 4096),
-        interpret=k != 4096,
+    run, reference, launcher = map(
+        _as_numbers, (quantize_rows, quantize_rows_reference, quantize_rows_launcher)
     )
+    large, name = k == 4096, f"quantize_rows-{rows}x{k}"
+    aot = BOTH * large
+    return Case(name, run, reference, launcher, build, interpret=not large, aot=aot)
 
 
 def _norm_quantize_case(rows: int, k: int) -> Case:
@@ -258,14 +256,12 @@ def _norm_quantize_case(rows: int, k: int) -> Case:
         stream = random((rows, k + 3), torch.float32, device, 32)[:, :k]
         return stream, random((k,), torch.float32, device, 33), 1e-6, pad_columns(k)
 
-    fns = (norm_quantize_rows, norm_quantize_rows_reference, norm_quantize_rows_launcher)
-    return Case(
-        f"norm_quantize_rows-{rows}x{k}",
-        *(_as_numbers(fn) for fn in fns),
-        build,
-        aot=BF16 * (k >= 4096),
-        interpret=k < 4096,
+    run, reference, launcher = map(
+        _as_numbers, (norm_quantize_rows, norm_quantize_rows_reference, norm_quantize_rows_launcher)
     )
+    large, name = k >= 4096, f"norm_quantize_rows-{rows}x{k}"
+    aot = BF16 * large
+    return Case(name, run, reference, launcher, build, interpret=not large, aot=aot)
 
 
 def _cases() -> Iterator[Case]:

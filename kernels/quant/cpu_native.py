@@ -135,7 +135,8 @@ def _matmul(library: ctypes.CDLL, run: int) -> Callable[[Tensor, Tensor, int], T
 
 def _norm_matmul(library: ctypes.CDLL, run: int) -> Callable[..., Tensor]:
     product, sizes, floats = library.squall_quant_matmul, _row_sizes(library), _FLOATS
-    get_num_threads, epilogues, f32 = torch.get_num_threads, _EPILOGUES, torch.float32
+    get_num_threads, epilogues = torch.get_num_threads, _EPILOGUES
+    f32, u8 = torch.float32, torch.uint8
 
     def quant_norm_matmul(
         stream: Tensor,
@@ -151,9 +152,11 @@ def _norm_matmul(library: ctypes.CDLL, run: int) -> Callable[..., Tensor]:
             return quant_norm_matmul_reference(stream, norm, eps, raw, ggml_type, activation, dtype)
         m, k = stream.shape
         n, row_bytes = raw.shape
-        if k * size[1] != row_bytes * size[0] or n & 1 or stream.dtype != f32:
-            check_norm_matmul(stream, raw, ggml_type, activation)
-        stream, raw = stream.contiguous(), _dense_rows(raw)
+        if k * size[1] != row_bytes * size[0] or n & 1 or raw.dtype != u8:
+            check_norm_matmul(stream, norm, raw, ggml_type, activation)
+        if stream.dtype != f32 or norm.dtype != f32 or norm.shape != (k,):
+            check_norm_matmul(stream, norm, raw, ggml_type, activation)
+        stream, norm, raw = stream.contiguous(), norm.contiguous(), _dense_rows(raw)
         y = torch.empty((m, n // 2 if epilogue else n), dtype=dtype)
         status = product(
             run, get_num_threads(), ggml_type, raw.data_ptr(), raw.stride(0), m, n, k,
@@ -167,17 +170,20 @@ def _norm_matmul(library: ctypes.CDLL, run: int) -> Callable[..., Tensor]:
 
 def _matmul_add(library: ctypes.CDLL, run: int) -> Callable[[Tensor, Tensor, int, Tensor], None]:
     product, sizes, floats = library.squall_quant_matmul, _row_sizes(library), _FLOATS
-    get_num_threads = torch.get_num_threads
+    get_num_threads, f32, u8 = torch.get_num_threads, torch.float32, torch.uint8
 
     def quant_matmul_add(x: Tensor, raw: Tensor, ggml_type: int, stream: Tensor) -> None:
-        dtype = floats.get(x.dtype)
-        if ggml_type not in sizes or dtype is None or not x.numel():
+        size, dtype, count = sizes.get(ggml_type), floats.get(x.dtype), x.numel()
+        if size is None or dtype is None or not count:
             return quant_matmul_add_reference(x, raw, ggml_type, stream)
-        check_matmul_add(x, raw, ggml_type, stream)
+        (*leading, k), (n, row_bytes) = x.shape, raw.shape
+        if k * size[1] != row_bytes * size[0] or stream.shape != (*leading, n):
+            check_matmul_add(x, raw, ggml_type, stream)
+        if stream.dtype != f32 or not stream.is_contiguous() or raw.dtype != u8:
+            check_matmul_add(x, raw, ggml_type, stream)
         x, raw = x.contiguous(), _dense_rows(raw)
-        n, k = raw.shape[0], x.shape[-1]
         status = product(
-            run, get_num_threads(), ggml_type, raw.data_ptr(), raw.stride(0), x.numel() // k, n, k,
+            run, get_num_threads(), ggml_type, raw.data_ptr(), raw.stride(0), count // k, n, k,
             x.data_ptr(), dtype, None, 0.0, 0, stream.data_ptr(), 0, _ADD,
         )  # fmt: skip
         return _check(status, x)
@@ -187,7 +193,7 @@ def _matmul_add(library: ctypes.CDLL, run: int) -> Callable[[Tensor, Tensor, int
 
 def _dense_rows(raw: Tensor) -> Tensor:
     """``raw``, or a copy where the bytes of a row are not side by side."""
-    return raw if raw.is_contiguous() or raw.stride(1) == 1 else raw.contiguous()
+    return raw if raw.stride(1) == 1 else raw.contiguous()
 
 
 def _check(status: int, x: Tensor) -> None:

@@ -45,8 +45,11 @@ def plane_rows_reference(
     ids: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
-    tensors = (None if t is None else t[ids.long()] for t in (low, high, scales, supers))
-    return expand_planes_reference(*tensors, ggml_type, in_features, dtype)  # type: ignore[arg-type]
+    rows = ids.long()
+    high, supers = (None if t is None else t[rows] for t in (high, supers))
+    return expand_planes_reference(
+        low[rows], high, scales[rows], supers, ggml_type, in_features, dtype
+    )
 
 
 @triton.jit

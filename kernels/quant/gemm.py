@@ -3,215 +3,390 @@
     out    = act(x W^T + bias)       plane_gemm
     stream += x W^T + bias           plane_gemm_add
 
-``x [M, K]`` float16 or bfloat16, rows may be strided; W is ``[N, K]`` in the planes of
-:mod:`squall.kernels.quant.planes` (``low, high, scales, supers``, ``ggml_type``); ``bias [N]`` or
-None; ``out [M, F]`` float16, bfloat16 or float32, rows may be strided; ``stream [M, N]`` float32.
-``activation`` is "none" (F = N), or "silu" or "gelu_tanh": W is then ``[2F, K]``, gate rows before
-up rows, and the result ``act(gate) * up``. Weights are rounded to 11 bits
-(:mod:`squall.kernels.quant.gemm_dequant`) and to x's dtype; sums are float32.
+``x [M, K]`` is float16 or bfloat16, its rows may be strided; W is ``[N, K]`` in the planes ``low,
+high, scales, supers`` of ``ggml_type`` (:mod:`squall.kernels.quant.planes`); ``bias`` is ``[N]`` or
+None; ``out`` float16, bfloat16 or float32, ``[M, F]``, its rows may be strided; ``stream`` float32
+``[M, N]``, likewise. ``activation`` is "none" (F = N), or "silu" or "gelu_tanh": W is then
+``[2F, K]``, gate rows before up rows, and the result ``act(gate) * up``.
 
-A program computes the tile ``[BLOCK_N weight rows, BLOCK_M rows of x]`` of the transposed result.
-The packed planes go through shared memory, several stages ahead of the arithmetic, from there
-straight into the registers where the tensor core wants its first operand, and become numbers there;
-x is the second operand, read from shared memory. Dequantisation so happens once per weight for up
-to BLOCK_M rows of x. x is at most a few MB, which L2 keeps without any order of programs.
+Weights and their scales are rounded to 11 bits, and weights then to x's dtype
+(:mod:`squall.kernels.quant.gemm_dequant`); sums are float32.
 
-Where N alone gives too few programs, SPLIT of them share a tile, each with a part of K. They leave
-float32 partial sums in a workspace; the last to arrive, found by a counter, adds the parts in their
-order, so results are reproducible. It also sets the counter back to zero.
+Where N alone gives too few programs, ``split`` of them share a tile, each with a part of K. They
+leave float32 partial sums in a workspace; the last to arrive, found by a counter, adds the parts in
+their order, so results are reproducible. It also sets the counter back to zero.
 """
 
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import cycle
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from squall.kernels.lang import tl, triton
-from squall.kernels.linear_epilogue import gate, store, weight_rows
-from squall.kernels.quant.gemm_dequant import (
-    run_scales,
-    run_weights,
-    spread_words,
-    super_scales,
-    two_runs,
+from squall.kernels.activation import ACTIVATIONS
+from squall.kernels.cases import BF16, Case, random
+from squall.kernels.lang import next_power_of_2, triton
+from squall.kernels.linear_epilogue import Epilogue
+from squall.kernels.op import dependent_launch, multiprocessors, op
+from squall.kernels.quant.base import gguf_formats
+from squall.kernels.quant.gemm_dequant import GAIN
+from squall.kernels.quant.gemm_kernel import plane_gemm_kernel
+from squall.kernels.quant.planes import (
+    Layout,
+    Planes,
+    dequantize,
+    layout,
+    padded,
+    random_planes,
 )
+from squall.kernels.tuning import Config, Problem, Tunable, tuned
 
 MAX_ROWS = 256
 MAX_TILES = 65536  # of products with split > 1
 
-
-@triton.jit
-def _finish(  # type: ignore[no-untyped-def]
-    z,
-    bias_ptr,
-    y_ptr,
-    row,
-    rows,
-    features,
-    y_stride,
-    tile,
-    ACTIVATION: tl.constexpr,
-    ADD: tl.constexpr,
-    GAIN: tl.constexpr,
-):
-    """Epilogue of a finished tile ``z [weight rows, row]``, GAIN times too large."""
-    GATED: tl.constexpr = ACTIVATION != "none"
-    OUT: tl.constexpr = z.shape[0] // 2 if GATED else z.shape[0]
-    z *= 1.0 / GAIN
-    if bias_ptr is not None:
-        w_row = weight_rows(tile, features, z.shape[0], GATED)
-        z += tl.load(bias_ptr + w_row).to(tl.float32)[:, None]
-    if GATED:
-        z, up = tl.split(z.reshape(2, OUT, z.shape[1]).permute(1, 2, 0))
-        z = gate(z, up, ACTIVATION)
-    feature = tile * OUT + tl.arange(0, OUT)
-    target = y_ptr + row[None, :] * y_stride + feature[:, None]
-    store(target, z, (row < rows)[None, :] & (feature < features)[:, None], ADD)
+_Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # low, high, scales, supers
 
 
-@triton.jit(do_not_specialize=["rows", "features"])
-def _plane_gemm_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    low_ptr,
-    high_ptr,
-    scales_ptr,
-    supers_ptr,
-    bias_ptr,
-    y_ptr,
-    partial_ptr,
-    counter_ptr,
-    rows,
-    features,
-    K,
-    padded,
-    x_stride,
-    y_stride,
-    LOW_BITS: tl.constexpr,
-    HIGH_BITS: tl.constexpr,
-    OFFSET: tl.constexpr,
-    GROUP: tl.constexpr,
-    KIND: tl.constexpr,
-    PAIRED: tl.constexpr,
-    GAIN: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    ADD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    EVEN: tl.constexpr,
-    PTX: tl.constexpr,
-):
-    """Grid (tiles of weight rows x tiles of rows of x, SPLIT). ``features`` are columns of y;
-    ``padded`` is K in the planes, whose words are int16, those of scales int32; EVEN: BLOCK_K
-    divides K.
+def _product(
+    x: Tensor, planes: _Tensors, ggml_type: int, bias: Tensor | None, activation: str
+) -> Tensor:
+    weight = dequantize(Planes(gguf_formats()[ggml_type], x.shape[1], *planes))
+    return ACTIVATIONS[activation](
+        F.linear(x.float(), weight, None if bias is None else bias.float())
+    )
 
-    ``partial_ptr`` float32 [grid 0, SPLIT, BLOCK_N, BLOCK_M], ``counter_ptr`` int32 [grid 0].
-    """
-    PAIRS: tl.constexpr = BLOCK_K // 64
-    WORDS: tl.constexpr = (2 if KIND == "half_pair" or (KIND == "byte_pair" and GROUP == 16) else 1)
-    # Pairs of runs that share words of the high plane.
-    SHARE: tl.constexpr = 4 // HIGH_BITS if HIGH_BITS > 0 else 1
-    job, part = tl.program_id(0), tl.program_id(1)
-    m_tiles = tl.cdiv(rows, BLOCK_M)
-    tile = job // m_tiles
-    w_row = weight_rows(tile, features, BLOCK_N, ACTIVATION != "none")
-    row = (job % m_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.arange(0, 64)
-    word = tl.arange(0, 16)[None, :]
-    x_tile = x_ptr + row[None, :] * x_stride + column[:, None]
-    x_mask = (row < rows)[None, :]
-    low_tile = low_ptr + (w_row * (padded * LOW_BITS // 16))[:, None] + word
-    if HIGH_BITS > 0:
-        high_tile = high_ptr + (w_row * (padded * HIGH_BITS // 16))[:, None] + word
-    scales_row = scales_ptr + w_row * (padded // 64 * WORDS)
-    if supers_ptr is not None:
-        supers_row = w_row * (padded // 256)
-        odd = (supers_row & 1).to(tl.int32)
 
-    z = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    blocks = tl.cdiv(K, BLOCK_K)
-    for i in range(blocks * part // SPLIT, blocks * (part + 1) // SPLIT):
-        if KIND == "byte_pair":
-            supers = tl.load(supers_ptr + supers_row + i * BLOCK_K // 256)
-        elif KIND == "byte":
-            # One float16. Only loads of 32 bits and more go through shared memory ahead of time,
-            # so take two and choose.
-            s = i * BLOCK_K // 256
-            supers = tl.load(supers_ptr + ((supers_row + s) >> 1)) >> ((s + odd) & 1) * 16
-        else:
-            supers = 0
-        supers = super_scales(supers, GAIN, KIND, PTX)
-        for p in tl.static_range(PAIRS):
-            pair = i * PAIRS + p
-            k = pair * 64
-            if EVEN:
-                x = tl.load(x_tile + k, mask=x_mask, other=0.0)
-            else:
-                inside = (column < K - k)[:, None]
-                x = tl.load(x_tile + k, mask=x_mask & inside, other=0.0)
-            # Words of the two runs: their own, the same, or those of the pair before as well.
-            if LOW_BITS == 8:
-                low0 = spread_words(tl.load(low_tile + pair * 32), PTX)
-                low1 = spread_words(tl.load(low_tile + pair * 32 + 16), PTX)
-            elif LOW_BITS == 4:
-                low0 = spread_words(tl.load(low_tile + pair * 16), PTX)
-                low1 = low0
-            elif p % 2 == 0:
-                low0 = spread_words(tl.load(low_tile + pair * 8), PTX)
-                low1 = low0
-            if HIGH_BITS == 0:
-                high = low0
-            elif PAIRS >= SHARE:
-                if p % SHARE == 0:
-                    high = spread_words(tl.load(high_tile + pair * 4 * HIGH_BITS), PTX)
-            elif p == 0:
-                # A block is a part of the high plane's words: move its bits to the bottom.
-                bits = tl.load(high_tile + pair // SHARE * 16).to(tl.int32) & 0xFFFF
-                high = spread_words(bits >> (pair % SHARE * 2 * HIGH_BITS), PTX)
-            first = tl.load(scales_row + pair * WORDS)
-            words = (first, tl.load(scales_row + pair * WORDS + 1) if WORDS == 2 else first)
-            scale, minimum = run_scales(words, supers, 0, GROUP, KIND, PTX)
-            even = run_weights(
-                low0,
-                high,
-                scale,
-                minimum,
-                2 * p * LOW_BITS % 8,
-                2 * p * HIGH_BITS % 8,
-                LOW_BITS,
-                HIGH_BITS,
-                OFFSET,
-                PAIRED,
-                PTX,
-            )
-            scale, minimum = run_scales(words, supers, 1, GROUP, KIND, PTX)
-            odd = run_weights(
-                low1,
-                high,
-                scale,
-                minimum,
-                (2 * p + 1) * LOW_BITS % 8,
-                (2 * p + 1) * HIGH_BITS % 8,
-                LOW_BITS,
-                HIGH_BITS,
-                OFFSET,
-                PAIRED,
-                PTX,
-            )
-            z = tl.dot(two_runs(even, odd, x.dtype), x, z)
-        if PTX:
-            z = tl.inline_asm_elementwise("", "=f,0", [z], tl.float32, is_pure=True, pack=1)
+def plane_gemm_reference(
+    x: Tensor,
+    low: Tensor,
+    high: Tensor | None,
+    scales: Tensor,
+    supers: Tensor | None,
+    ggml_type: int,
+    bias: Tensor | None,
+    activation: str,
+    out: Tensor,
+) -> None:
+    out.copy_(_product(x, (low, high, scales, supers), ggml_type, bias, activation))
 
-    if SPLIT == 1:
-        _finish(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD, GAIN)
+
+def plane_gemm_add_reference(
+    x: Tensor,
+    low: Tensor,
+    high: Tensor | None,
+    scales: Tensor,
+    supers: Tensor | None,
+    ggml_type: int,
+    bias: Tensor | None,
+    stream: Tensor,
+) -> None:
+    stream += _product(x, (low, high, scales, supers), ggml_type, bias, "none")
+
+
+def key(ggml_type: int, n: int, k: int, bucket: int) -> str:
+    """A problem's name in the tables of tuned parameters; ``k`` is padded."""
+    return f"{gguf_formats()[ggml_type].name.lower()}-n{n}-k{k}-m{bucket}"
+
+
+def _bucket(rows: int) -> int:
+    return max(16, next_power_of_2(rows))
+
+
+def _config(
+    plan: Layout, tile: tuple[int, int, int], split: int, warps: int, budget: int = 80
+) -> Config:
+    """``tile`` is BLOCK_M, BLOCK_N, BLOCK_K; as many stages as ``budget`` KiB of shared memory
+    hold, 2 to 5."""
+    block_m, block_n, block_k = tile
+    # Words of a plane are used whole only by blocks of 128 (2 bits) or 256 weights (1 bit).
+    if plan.low_bits == 2 or plan.high_bits:
+        block_k = max(block_k, 128)
+    stage = block_k * (block_m * 16 + block_n * (plan.low_bits + plan.high_bits + 1)) // 8
+    stages = max(2, min(5, budget * 1024 // stage))
+    sizes = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
+    return {**sizes, "split": split, "warps": warps, "stages": stages}
+
+
+def _tiles(bucket: int, weights: int, tile: tuple[int, int, int]) -> int:
+    return -(-weights // tile[1]) * -(-bucket // tile[0])
+
+
+def rule(plan: Layout, bucket: int, weights: int, k: int, device: torch.device) -> Config:
+    """Launch parameters where no table has the problem: two programs a multiprocessor, with at
+    least 512 columns of the ``weights`` rows each. Four warps have half the sums of eight in their
+    way, but 128 rows of x leave them too few registers."""
+    tile = (min(bucket, 128), 128, 128 if bucket <= 64 else 64)
+    wanted = 2 * multiprocessors(device) // _tiles(bucket, weights, tile)
+    return _config(plan, tile, max(1, min(wanted, k // 512, 8)), 4 if bucket <= 64 else 8)
+
+
+def candidates(plan: Layout, bucket: int, weights: int, k: int) -> Iterator[Config]:
+    """At most 16 launch parameters worth measuring."""
+    m = min(bucket, 128)
+    if bucket <= 32:
+        shapes = [((m, 128, 128), 4), ((m, 64, 256), 4), ((m, 128, 256), 8), ((m, 64, 128), 4)]
+    elif bucket == 64:
+        shapes = [((m, 128, 128), 4), ((m, 64, 128), 4), ((m, 128, 64), 8), ((m, 128, 128), 8)]
     else:
-        n = tl.arange(0, BLOCK_N)[:, None]
-        m = tl.arange(0, BLOCK_M)[None, :]
-        parts = partial_ptr + job.to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M) + n * BLOCK_M + m
-        tl.store(parts + part * (BLOCK_N * BLOCK_M), z)
-        tl.debug_barrier()  # all threads' sums are written before one thread says so
-        arrived = tl.atomic_add(counter_ptr + job, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLIT - 1:
-            z = tl.load(parts, cache_modifier=".cg")
-            for s in tl.static_range(1, SPLIT):
-                z += tl.load(parts + s * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
-            _finish(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD, GAIN)
-            tl.store(counter_ptr + job, 0)
+        shapes = [((m, 128, 64), 8), ((m, 128, 128), 8), ((m, 64, 64), 4)]
+        shapes.append(((64, 256, 64), 8) if bucket == 128 else ((256, 128, 64), 8))
+    for tile, warps in shapes:
+        tiles = _tiles(bucket, weights, tile)
+        # One to four programs a multiprocessor of a GPU with 132.
+        splits = {max(1, min(round(n * 132 / tiles), k // 512, 16)) for n in (1, 2, 3, 4)}
+        for split in sorted(splits):
+            yield _config(plan, tile, split, warps, 100 if warps == 8 else 70)
+
+
+@functools.cache
+def _counters(device: torch.device) -> Tensor:
+    """Zeros, which every kernel leaves as it found them. Kernels of one device must not overlap:
+    they run on one stream."""
+    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    assert not captured, "run a product once before capturing it in a CUDA graph"
+    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
+
+
+def _has_ptx(device: torch.device) -> bool:
+    """NVIDIA's instructions: not in Triton's interpreter, not on other vendors' devices."""
+    return device.type != "xpu" and torch.version.hip is None and not triton.knobs.runtime.interpret
+
+
+def _as_words(scales: Tensor) -> Tensor:
+    """Scales as a flat row of int32; an odd float16 at the end gets a neighbour."""
+    flat = scales.view(-1)
+    if flat.nbytes % 4:
+        flat = F.pad(flat, (0, 1))
+    return flat.view(torch.int32)
+
+
+def _check(x: Tensor, low: Tensor, plan: Layout, epilogue: Epilogue) -> None:
+    (rows, k), out = x.shape, epilogue.out
+    width = padded(k) * plan.low_bits // 32
+    assert x.dtype in (torch.float16, torch.bfloat16), f"x {x.dtype}"
+    assert rows <= MAX_ROWS, f"{rows} rows; at most {MAX_ROWS} are supported"
+    assert out.shape[0] == rows, f"x {x.shape}, out {out.shape}"
+    weights = epilogue.features * (1 + epilogue.gated)
+    assert low.shape == (weights, width), f"x {x.shape}, low {low.shape}, out {out.shape}"
+    assert epilogue.bias is None or epilogue.bias.shape == (weights,), f"bias for {weights} rows"
+    assert x.stride(1) == out.stride(1) == 1, "rows must be dense"
+
+
+def _gemm(
+    x: Tensor, planes: _Tensors, ggml_type: int, epilogue: Epilogue, config: Config | None = None
+) -> None:
+    """Launch; ``config`` overrides the table (tuning)."""
+    (low, high, scales, supers), plan, out = planes, layout(ggml_type), epilogue.out
+    _check(x, low, plan, epilogue)
+    (rows, k), n = x.shape, low.shape[0]
+    if rows == 0:
+        return
+    bucket, width = _bucket(rows), padded(k)
+    config = config or tuned("plane_gemm", key(ggml_type, n, width, bucket), x.device)
+    config = config or rule(plan, bucket, n, width, x.device)
+    block_m, block_n, split = config["block_m"], config["block_n"], config["split"]
+    tiles = -(-epilogue.features // (block_n // 2 if epilogue.gated else block_n))
+    jobs = tiles * -(-rows // block_m)
+    partial = counters = None
+    if split > 1:
+        assert jobs <= MAX_TILES, f"{jobs} tiles in {split} parts"
+        counters = _counters(x.device)
+        partial = torch.empty(jobs * split * block_n * block_m, device=x.device)
+    pdl = dependent_launch(x.device)
+    plane_gemm_kernel[(jobs, split)](
+        x,
+        low.view(torch.int16),
+        None if high is None else high.view(torch.int16),
+        _as_words(scales),
+        None if supers is None else _as_words(supers),
+        epilogue.bias,
+        out,
+        partial,
+        counters,
+        rows,
+        epilogue.features,
+        k,
+        width,
+        x.stride(0),
+        out.stride(0),
+        plan.low_bits,
+        plan.high_bits,
+        plan.offset,
+        plan.group,
+        plan.scales,
+        plan.paired,
+        GAIN,
+        epilogue.activation,
+        epilogue.add,
+        block_m,
+        block_n,
+        config["block_k"],
+        split,
+        k % config["block_k"] == 0,
+        _has_ptx(x.device),
+        bool(pdl),
+        num_warps=config["warps"],
+        num_stages=config["stages"],
+        **pdl,
+    )
+
+
+def plane_gemm_launcher(
+    x: Tensor,
+    low: Tensor,
+    high: Tensor | None,
+    scales: Tensor,
+    supers: Tensor | None,
+    ggml_type: int,
+    bias: Tensor | None,
+    activation: str,
+    out: Tensor,
+) -> None:
+    assert activation in ACTIVATIONS, activation
+    _gemm(x, (low, high, scales, supers), ggml_type, Epilogue(out, bias, activation))
+
+
+def plane_gemm_add_launcher(
+    x: Tensor,
+    low: Tensor,
+    high: Tensor | None,
+    scales: Tensor,
+    supers: Tensor | None,
+    ggml_type: int,
+    bias: Tensor | None,
+    stream: Tensor,
+) -> None:
+    assert stream.dtype == torch.float32, f"stream {stream.dtype}"
+    _gemm(x, (low, high, scales, supers), ggml_type, Epilogue(stream, bias, add=True))
+
+
+def _fake(*_arguments: object) -> None:
+    return None
+
+
+_INPUTS = (
+    "Tensor x, Tensor low, Tensor? high, Tensor scales, Tensor? supers, int ggml_type, Tensor? bias"
+)
+plane_gemm = op(
+    f"plane_gemm({_INPUTS}, str activation, Tensor(a!) out) -> ()",
+    plane_gemm_reference,
+    plane_gemm_launcher,
+    _fake,
+)
+plane_gemm_add = op(
+    f"plane_gemm_add({_INPUTS}, Tensor(a!) stream) -> ()",
+    plane_gemm_add_reference,
+    plane_gemm_add_launcher,
+    _fake,
+)
+
+_TYPES = {entry.name: entry for entry in gguf_formats().values() if entry.unpack is not None}
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _inputs(
+    name: str, size: tuple[int, int, int], bias: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[object, ...]:
+    """Arguments up to ``bias`` for M, N, K; x is float16 where results are float32."""
+    m, n, k = size
+    entry, cpu = _TYPES[name], torch.device("cpu")
+    planes = random_planes(entry, n, k, cpu, torch.Generator().manual_seed(51))
+    x = random((m, k + 8), dtype if dtype in _HALF else torch.float16, device, 52)[:, :k]
+    tensors = [None if t is None else t.to(device) for t in planes.tensors]
+    return x, *tensors, entry.ggml_type, random((n,), dtype, device, 53) if bias else None
+
+
+def _case(
+    name: str,
+    size: tuple[int, int, int],
+    activation: str = "none",
+    bias: bool = False,
+    aot: tuple[torch.dtype, ...] = (),
+) -> Case:
+    def build(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
+        features = size[1] // (1 if activation == "none" else 2)
+        # Weights are rounded to 11 bits: results are no better than float16's limit.
+        kept = dtype if dtype in _HALF else torch.float16
+        out = torch.full((size[0], features + 3), torch.nan, dtype=kept, device=device)[:, 3:]
+        return *_inputs(name, size, bias, dtype, device), activation, out
+
+    title = f"plane_gemm-{name}-{'x'.join(map(str, size))}-{activation}{'-bias' * bias}"
+    fns = plane_gemm, plane_gemm_reference, plane_gemm_launcher
+    return Case(title, *fns, build, mutates=(8,), interpret=size[2] <= 1024, aot=aot)
+
+
+def _add_case(name: str, size: tuple[int, int, int], bias: bool = False) -> Case:
+    def build(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
+        # Large, so that the limit for float32 is about 1e-3 of the product.
+        stream = random((size[0], size[1] + 4), torch.float32, device, 54)[:, 4:] * 64
+        return *_inputs(name, size, bias, dtype, device), stream
+
+    title = f"plane_gemm_add-{name}-{'x'.join(map(str, size))}{'-bias' * bias}"
+    fns = plane_gemm_add, plane_gemm_add_reference, plane_gemm_add_launcher
+    aot = (torch.float16,) if size[2] > 512 else ()
+    return Case(title, *fns, build, mutates=(7,), interpret=size[2] <= 1024, aot=aot)
+
+
+def _cases() -> Iterator[Case]:
+    f16 = (torch.float16,)
+    for name, entry in _TYPES.items():
+        yield _case(name, (17, 70, 1024), aot=f16)
+        yield _case(name, (9, 37, 768), bias=True)
+        if entry.block_size == 32:
+            yield _case(name, (20, 5, 288))
+    for name in ("Q4_K", "Q6_K"):
+        yield _case(name, (16, 128, 512), aot=BF16)
+        yield _case(name, (50, 33, 512), aot=f16)
+        yield _case(name, (128, 130, 256), aot=f16)
+        yield _case(name, (200, 40, 512), bias=True)
+        yield _case(name, (100, 300, 4096))
+    for activation in ("silu", "gelu_tanh"):
+        yield _case("Q4_K", (31, 74, 1024), activation, aot=f16)
+        yield _case("Q6_K", (70, 134, 768), activation, bias=True)
+    for name, size in (("Q4_K", (32, 130, 1024)), ("Q6_K", (70, 65, 512)), ("Q8_0", (9, 7, 288))):
+        yield _add_case(name, size, bias=name == "Q8_0")
+
+
+CASES = tuple(_cases())
+
+
+def _runner(
+    ggml_type: int, n: int, k: int, rows: int, device: torch.device
+) -> Callable[[Config], None]:
+    """One product, of the kind that weights of this size are for (see ``_problems``)."""
+    entry, generator = gguf_formats()[ggml_type], torch.Generator(device).manual_seed(0)
+    planes = random_planes(entry, n, k, device, generator)
+    copies = 1 + (256 << 20) // planes.nbytes
+    tensors = cycle(
+        [tuple(None if t is None else t.clone() for t in planes.tensors) for _ in range(copies)]
+    )
+    x = torch.randn((rows, k), device=device).half()
+    add, gated = n <= k, 4 * k <= n <= 65536
+    out = torch.zeros((rows, n // 2 if gated else n), device=device)
+    epilogue = Epilogue(
+        out if add or n > 65536 else out.half(), None, "silu" if gated else "none", add
+    )
+
+    def run(config: Config) -> None:
+        _gemm(x, next(tensors), ggml_type, epilogue, config)
+
+    return run
+
+
+def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
+    """The types of the usual files. What a weight is for follows from its size, as for
+    :mod:`squall.kernels.linear`: logits, the way back to the stream, gate and up, or the rest."""
+    for name in ("Q4_K", "Q6_K", "Q5_K", "Q8_0", "Q4_0"):
+        plan, kind = layout(_TYPES[name].ggml_type), _TYPES[name].ggml_type
+        for n, k in shapes:
+            width = padded(k)
+            for bucket in (16, 32, 64, 128, 256):
+                build = partial(_runner, kind, n, k, bucket)
+                tried = tuple(candidates(plan, bucket, n, width))
+                yield Problem(key(kind, n, width, bucket), n * width * plan.bits // 8, build, tried)
+
+
+TUNABLE = Tunable("plane_gemm", _problems)

@@ -82,7 +82,12 @@ def _masked(v, mask, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
     """``v & mask | 0x64006400``: bits become packed float16 ``1024 + bits``."""
     if PTX:  # one instruction, which the compiler does not find
         return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, 0x64006400, 0xEA;", "=r,r,r", [v, mask], tl.int32, is_pure=True, pack=1
+            "lop3.b32 $0, $1, $2, 0x64006400, 0xEA;",
+            "=r,r,r",
+            [v, mask],
+            tl.int32,
+            is_pure=True,
+            pack=1,
         )
     return (v & mask) | 0x64006400
 

@@ -4,13 +4,16 @@
     stream += x W^T + bias          plane_gemv_add
 
 x comes as ``parts int8 [2, M, KP]``, ``scale float32 [M, KP / 32]`` and ``sums int32 [M, KP / 16]``
-(:mod:`squall.kernels.quant.activations`), W ``[N, K]`` as planes (:mod:`squall.kernels.quant.planes`).
-``out`` is ``[M, N]`` of any float dtype, ``stream`` float32 ``[M, N]``; rows may be strided. With
-``activation`` "silu" or "gelu_tanh" W is ``[2F, K]``, gate rows then up rows, and ``out [M, F]`` is
-``act(gate) * up``. ``bias`` is ``[N]`` or None.
+(:mod:`squall.kernels.quant.activations`), W ``[N, K]`` in planes
+(:mod:`squall.kernels.quant.planes`). ``out`` is ``[M, N]`` of any float dtype, ``stream`` float32
+``[M, N]``; rows may be strided. With ``activation`` "silu" or "gelu_tanh" W is ``[2F, K]``, gate
+rows then up rows, and ``out [M, F]`` is ``act(gate) * up``. ``bias`` is ``[N]`` or None.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -20,11 +23,11 @@ from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.cases import BF16, BOTH, Case, random
 from squall.kernels.lang import next_power_of_2, triton
 from squall.kernels.op import multiprocessors, op
-from squall.kernels.quant.activations import quantize_rows_reference, restore
+from squall.kernels.quant.activations import quantize_rows, quantize_rows_reference, restore
 from squall.kernels.quant.base import gguf_formats
-from squall.kernels.quant.gemv_kernel import _plane_gemv_kernel
+from squall.kernels.quant.gemv_kernel import plane_gemv_kernel
 from squall.kernels.quant.planes import Planes, dequantize, layout, padded, random_planes
-from squall.kernels.tuning import Config, tuned
+from squall.kernels.tuning import Config, Problem, Tunable, tuned
 
 MAX_ROWS = 8
 
@@ -79,19 +82,21 @@ def key(ggml_type: int, n: int, k: int, bucket: int) -> str:
 def rule(features: int, chunks: int, gated: bool, device: torch.device) -> Config:
     """Launch parameters where no table has the problem.
 
-    ``rows`` are weight rows of a program (gate and up together): the most, up to 4, that leave four
-    programs for every multiprocessor. ``warps``: a tile must not be longer than a row.
+    ``rows`` are weight rows of a program (gate and up together): four where that leaves four
+    programs for every multiprocessor. ``warps``: the longest tile that divides a row of ``chunks``
+    chunks.
     """
     weights = features * (2 if gated else 1)
     rows = 4 if weights // 4 >= 4 * multiprocessors(device) else 2
-    return {"rows": rows, "warps": min(4, max(1, next_power_of_2(chunks) // 32)), "pdl": 0}
+    even = next((warps for warps in (4, 2, 1) if chunks % (32 * warps) == 0), None)
+    return {"rows": rows, "warps": even or min(4, next_power_of_2(-(-chunks // 32))), "pdl": 0}
 
 
 def candidates(bucket: int) -> Iterator[Config]:
     """Launch parameters worth measuring for ``bucket`` rows of x."""
-    tiles = ((2, 4), (4, 2), (4, 4), (8, 1), (8, 2), (2, 8))
-    if bucket == MAX_ROWS:  # eight sums a weight row: a tall tile has no registers left
-        tiles = ((2, 2), (2, 4), (2, 8), (4, 1), (4, 2), (4, 4))
+    tiles = ((2, 2), (2, 4), (2, 8), (4, 2), (4, 4), (8, 4))
+    if bucket >= 4:  # a sum for each row of x and of the weight: tall tiles run out of registers
+        tiles = ((2, 1), (2, 2), (2, 4), (2, 8), (4, 4), (4, 8))
     for rows, warps in tiles:
         for pdl in (0, 1):
             yield {"rows": rows, "warps": warps, "pdl": pdl}
@@ -137,7 +142,7 @@ def _gemv(
         config = rule(features, chunks, gated, low.device)
     tile, warps, pdl = config["rows"], config["warps"], bool(config["pdl"])
     launch = {"launch_pdl": True} if pdl else {}
-    _plane_gemv_kernel[(-(-features // (tile // 2 if gated else tile)),)](
+    plane_gemv_kernel[(-(-features // (tile // 2 if gated else tile)),)](
         parts.view(torch.int32),
         scale,
         sums,
@@ -281,3 +286,38 @@ def _cases() -> Iterator[Case]:
 
 
 CASES = tuple(_cases())
+
+
+def _runner(
+    ggml_type: int, n: int, k: int, rows: int, device: torch.device
+) -> Callable[[Config], None]:
+    """One product, of the kind that weights of this size are for (see ``_problems``)."""
+    entry, generator = gguf_formats()[ggml_type], torch.Generator(device).manual_seed(0)
+    planes = random_planes(entry, n, k, device, generator)
+    copies = [replace(planes, low=planes.low.clone()) for _ in range((256 << 20) // planes.nbytes)]
+    weights = cycle([planes, *copies])
+    quantized = quantize_rows(torch.randn((rows, k), device=device), padded(k))
+    add, gated = n <= k, 4 * k <= n <= 65536
+    dtype = torch.float32 if add or n > 65536 else torch.bfloat16
+    out = torch.zeros((rows, n // 2 if gated else n), dtype=dtype, device=device)
+
+    def run(config: Config) -> None:
+        activation = "silu" if gated else "none"
+        _gemv(quantized, next(weights).tensors, ggml_type, None, activation, out, add, config)
+
+    return run
+
+
+def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
+    """The types of the usual files. What a weight is for follows from its size, as for
+    :mod:`squall.kernels.linear`: logits, the way back to the stream, gate and up, or the rest."""
+    for name in ("Q4_K", "Q6_K", "Q5_K", "Q8_0", "Q4_0"):
+        kind, bits = _TYPES[name].ggml_type, layout(_TYPES[name].ggml_type).bits
+        for n, k in shapes:
+            for bucket in (1, 2, 4, 8):
+                build = partial(_runner, kind, n, k, bucket)
+                nbytes = int(n * padded(k) * bits / 8)
+                yield Problem(key(kind, n, k, bucket), nbytes, build, tuple(candidates(bucket)))
+
+
+TUNABLE = Tunable("plane_gemv", _problems)

@@ -12,8 +12,8 @@ come as whole words; and all that a tile needs of the weights is in flight while
 worked on. The weights do not depend on the kernel before: with programmatic dependent launch
 (Hopper and newer) the first tile is being loaded while that kernel drains.
 
-All tensors are ``[rows of x, weight rows, threads, words]``: with one shape, and loads of four words
-deciding the layout, values stay in the threads that load them.
+All tensors are ``[rows of x, weight rows, threads, words]``: with one shape, and with loads of four
+words deciding the layout, values stay in the threads that load them.
 """
 
 from squall.kernels.lang import tl, triton
@@ -32,7 +32,7 @@ _DOT = tl.constexpr(
 
 @triton.jit
 def _dot(q, high, low, DP4A: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``sum(q * (256 * high + low))`` over the bytes of four words: int32 ``[..., 4] -> [..., 1]``."""
+    """``sum(q * (256 * high + low))`` over the bytes of four words: ``[..., 4] -> [..., 1]``."""
     if DP4A:
         sums = tl.inline_asm_elementwise(
             _DOT, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r", [q, high, low], tl.int32, True, 4
@@ -116,9 +116,9 @@ def _word(words, INDEX: tl.constexpr):  # type: ignore[no-untyped-def]
 def _run_scales(  # type: ignore[no-untyped-def]
     words, half, RUN: tl.constexpr, RUN_BITS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr
 ):
-    """Scale and minimum of run number RUN of each chunk, float32 ``[1, R, T, 1]``, without super-scales.
+    """Scale and minimum of run RUN of each chunk, float32 ``[1, R, T, 1]``, without super-scales.
 
-    ``half`` ``[1, 1, T, 1]`` is 1 in the second chunk of a unit, whose run is a group of its own where
+    ``half [1, 1, T, 1]`` is 1 in the second chunk of a unit, whose run is a group of its own where
     groups are of 16 weights.
     """
     bits = _word(words, RUN * RUN_BITS // 32).to(tl.int32)
@@ -216,7 +216,7 @@ def _work(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=["rows", "features"])
-def _plane_gemv_kernel(  # type: ignore[no-untyped-def]
+def plane_gemv_kernel(  # type: ignore[no-untyped-def]
     parts_ptr,
     scale_ptr,
     sums_ptr,

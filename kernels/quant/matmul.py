@@ -62,9 +62,14 @@ def check_columns(x: Tensor, raw: Tensor, ggml_type: int) -> None:
         )
 
 
-def check_norm_matmul(stream: Tensor, raw: Tensor, ggml_type: int, activation: str) -> None:
+def check_norm_matmul(
+    stream: Tensor, norm: Tensor, raw: Tensor, ggml_type: int, activation: str
+) -> None:
     """``ValueError`` for arguments that ``quant_norm_matmul`` does not take."""
     check_columns(stream, raw, ggml_type)
+    if norm.dtype != torch.float32 or norm.shape != stream.shape[1:]:
+        found = f"{norm.dtype} {list(norm.shape)}"
+        raise ValueError(f"norm is {found}; accepted: torch.float32 {list(stream.shape[1:])}")
     if stream.dtype != torch.float32 or stream.ndim != 2:
         found = f"{stream.dtype} {list(stream.shape)}"
         raise ValueError(f"stream is {found}; accepted: torch.float32 [M, K]")
@@ -97,7 +102,7 @@ def quant_norm_matmul_reference(
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    check_norm_matmul(stream, raw, ggml_type, activation)
+    check_norm_matmul(stream, norm, raw, ggml_type, activation)
     x = rms_norm_reference(stream, norm, eps, dtype)
     return _ACTIVATIONS[activation](_product(x, raw, ggml_type, torch.float32)).to(dtype)
 
@@ -143,7 +148,7 @@ def _norm_matmul_fake(
     activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
-    check_norm_matmul(stream, raw, ggml_type, activation)
+    check_norm_matmul(stream, norm, raw, ggml_type, activation)
     columns = raw.shape[0] if activation == "none" else raw.shape[0] // 2
     return stream.new_empty(stream.shape[0], columns, dtype=dtype)
 

@@ -6,13 +6,14 @@ Three ways to multiply, by the number of rows M of the activations:
     "gemm"  M <= 256    tensor cores, weights dequantised in registers; not for float32 activations
     "blas"  the rest    weights expanded to the activations' dtype, then the vendor's library
 
-``tuned("plane_crossover", "<type>-n<N>-k<K>-m<M rounded up to a power of two>")`` overrides this
-choice where the other way can be taken.
+``tuned("plane_crossover", "<type>-n<N>-k<K>-m<M rounded up to a power of two>")`` names another
+way, as ``{way: 1}``, where that is faster.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from itertools import cycle
 
 import torch
 from torch import Tensor
@@ -22,13 +23,23 @@ from squall.kernels.lang import next_power_of_2
 from squall.kernels.linear import linear, linear_add
 from squall.kernels.quant import gemm, gemv
 from squall.kernels.quant.activations import Quantized, norm_quantize_rows, quantize_rows
+from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.expand import expand_planes, plane_rows
-from squall.kernels.quant.planes import Planes, padded
+from squall.kernels.quant.planes import Planes, layout, padded, random_planes
 from squall.kernels.rmsnorm import rms_norm
-from squall.kernels.tuning import tuned
+from squall.kernels.tuning import Config, Problem, Tunable, tuned
 
 _SCRATCH_BYTES = 256 << 20  # of weights expanded at a time
-_WAYS = ("gemv", "gemm", "blas")
+
+
+def _possible(rows: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """Ways to multiply this many rows, the one to prefer untuned first."""
+    ways = ["blas"]
+    if rows <= gemm.MAX_ROWS and dtype != torch.float32:
+        ways.insert(0, "gemm")
+    if rows <= gemv.MAX_ROWS:
+        ways.insert(0, "gemv")
+    return tuple(ways)
 
 
 class _Input:
@@ -108,10 +119,18 @@ class PlaneWeight:
         return plane_rows(*self.planes.tensors, kind, self.in_features, ids, dtype)
 
     def multiply(
-        self, x: _Input, bias: Tensor | None, out: Tensor, activation: str = "none"
+        self,
+        x: _Input,
+        bias: Tensor | None,
+        out: Tensor,
+        activation: str = "none",
+        way: str | None = None,
     ) -> None:
-        """Write the product into ``out``, whose rows may be strided; "blas" has no activation."""
-        way, kind = self._way(x), self.planes.format.ggml_type
+        """Write the product into ``out``, whose rows may be strided; "blas" has no activation.
+
+        ``way`` overrides the choice.
+        """
+        way, kind = way or self._way(x), self.planes.format.ggml_type
         if way == "gemv":
             gemv.plane_gemv(*x.quantized, *self.planes.tensors, kind, bias, activation, out)
         elif way == "gemm":
@@ -121,9 +140,11 @@ class PlaneWeight:
             for part, weight in self._expanded(x.dense.dtype):
                 _product(x.dense, weight, None if bias is None else bias[part], out[:, part])
 
-    def multiply_add(self, x: _Input, bias: Tensor | None, stream: Tensor) -> None:
-        """Add the product to ``stream``, whose rows may be strided."""
-        way, kind = self._way(x), self.planes.format.ggml_type
+    def multiply_add(
+        self, x: _Input, bias: Tensor | None, stream: Tensor, way: str | None = None
+    ) -> None:
+        """Add the product to ``stream``, whose rows may be strided; ``way`` as in multiply."""
+        way, kind = way or self._way(x), self.planes.format.ggml_type
         if way == "gemv":
             gemv.plane_gemv_add(*x.quantized, *self.planes.tensors, kind, bias, stream)
         elif way == "gemm":
@@ -133,16 +154,12 @@ class PlaneWeight:
                 linear_add(x.dense, weight, None if bias is None else bias[part], stream[:, part])
 
     def _way(self, x: _Input) -> str:
-        """ "gemv", "gemm" or "blas"."""
-        possible = {"gemv": x.rows <= gemv.MAX_ROWS, "gemm": x.rows <= gemm.MAX_ROWS, "blas": True}
-        possible["gemm"] &= x.dtype != torch.float32
+        """The way that the table names, or else the first possible one."""
+        possible = _possible(x.rows, x.dtype)
         bucket = next_power_of_2(max(1, x.rows))
         kind, n, k = self.planes.format.ggml_type, self.out_features, self.planes.padded
         found = tuned("plane_crossover", gemv.key(kind, n, k, bucket), self.planes.low.device)
-        wanted = next((way for way in _WAYS if found and way in found), None)
-        if wanted is not None and possible[wanted]:
-            return wanted
-        return next(way for way in _WAYS if possible[way])
+        return next((way for way in possible if found and way in found), possible[0])
 
     def _expanded(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         """The weights as ``[rows, K]`` of ``dtype``, a bounded number of rows at a time."""
@@ -228,4 +245,46 @@ class PlaneStack:
             start += part.out_features
 
 
-_TUNED_TYPES = ("Q4_K", "Q6_K", "Q8_0", "Q5_K", "Q4_0")
+def _runner(
+    ggml_type: int, n: int, k: int, rows: int, device: torch.device
+) -> Callable[[Config], None]:
+    """One product, activations made ready included; what for follows from the size, as for
+    :mod:`squall.kernels.quant.gemv`."""
+    entry, generator = gguf_formats()[ggml_type], torch.Generator(device).manual_seed(0)
+    first = random_planes(entry, n, k, device, generator)
+    copies = [replace(first, low=first.low.clone()) for _ in range((256 << 20) // first.nbytes)]
+    weights = cycle([PlaneWeight(planes) for planes in (first, *copies)])
+    stream, norm = torch.randn((rows, k), device=device), torch.ones(k, device=device)
+    x = stream.bfloat16()
+    add, gated = n <= k, 4 * k <= n <= 65536
+    full = torch.zeros((rows, n), device=device, dtype=torch.float32 if add else x.dtype)
+    half = full[:, : n // 2]
+
+    def run(config: Config) -> None:
+        weight, (way,) = next(weights), config
+        if add:
+            weight.multiply_add(_Input(x, x.dtype), None, full, way)
+        elif gated and way != "blas":
+            weight.multiply(_Input(stream, x.dtype, norm, 1e-5), None, half, "silu", way)
+        else:
+            weight.multiply(_Input(stream, x.dtype, norm, 1e-5), None, full, "none", way)
+            if gated:
+                ACTIVATIONS["silu"](full)
+
+    return run
+
+
+def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
+    """Sizes at which more than one way may win; tune the ways themselves first."""
+    for name in ("Q4_K", "Q6_K", "Q5_K", "Q8_0", "Q4_0"):
+        kind = next(e.ggml_type for e in gguf_formats().values() if e.name == name)
+        for n, k in shapes:
+            nbytes = int(n * padded(k) * layout(kind).bits / 8)
+            for bucket in (4, 8, 32, 64, 128, 256):
+                ways = _possible(bucket, torch.bfloat16)[: 2 if bucket <= 8 else None]
+                build = partial(_runner, kind, n, k, bucket)
+                candidates = tuple({way: 1} for way in ways)
+                yield Problem(gemv.key(kind, n, k, bucket), nbytes, build, candidates)
+
+
+TUNABLE = Tunable("plane_crossover", _problems)

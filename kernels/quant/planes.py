@@ -64,6 +64,14 @@ class Layout:
         """Groups have a minimum beside their scale."""
         return self.scales.endswith("pair")
 
+    @property
+    def bits(self) -> float:
+        """Of memory for a weight, scales included."""
+        number = 8 if self.scales.startswith("byte") else 16
+        pair = 1 + self.paired
+        supers = 0.0 if self.supers is None else 16 * pair / SUPER
+        return self.low_bits + self.high_bits + number * pair / self.group + supers
+
 
 _LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
@@ -169,7 +177,7 @@ def _take_supers(blocks: Tensor, byte: int, count: int) -> Tensor:
     What a format unpacks then are the scales' own integers.
     """
     place = blocks[..., byte : byte + 2 * count]
-    supers = place.contiguous().view(torch.float16)
+    supers = place.clone(memory_format=torch.contiguous_format).view(torch.float16)
     place[..., 0::2], place[..., 1::2] = 0x00, 0x3C
     return supers
 

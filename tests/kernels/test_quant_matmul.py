@@ -323,8 +323,11 @@ def test_bad_fused_arguments(implementation: Implementation) -> None:
         implementation.norm_matmul(stream, norm, 1e-5, raw, 3, "silu", f32)
     with pytest.raises(ValueError, match=r"stream is torch\.float16"):
         implementation.norm_matmul(stream.half(), norm, 1e-5, raw, 3, "none", f32)
+    for bad_norm in (norm.half(), norm[:32]):
+        with pytest.raises(ValueError, match=r"norm is .*; accepted: torch\.float32 \[64\]"):
+            implementation.norm_matmul(stream, bad_norm, 1e-5, raw, 3, "none", f32)
     for bad in (torch.zeros(2, 4), torch.zeros(3, 2).t(), torch.zeros(2, 3).half()):
-        with pytest.raises(ValueError, match=r"accepted: torch.float32 \[2, 3\], dense"):
+        with pytest.raises(ValueError, match=r"accepted: torch\.float32 \[2, 3\], dense"):
             implementation.matmul_add(stream, raw, 3, bad)
 
 
