@@ -23,6 +23,7 @@ from squall.kernels.tuning import Config
 
 MAX_ROWS = 256
 MAX_TILES = 65536  # of products with split > 1
+PREFETCH_BYTES = 20 << 20  # of a weight, by all programs: well within an L2 cache
 
 
 @triton.jit
@@ -76,9 +77,10 @@ def _skinny_kernel(  # type: ignore[no-untyped-def]
     SPLIT: tl.constexpr,
     EVEN: tl.constexpr,
     PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """Grid (tiles, SPLIT). ``features`` are columns of y; BLOCK_M >= rows; EVEN: BLOCK_K divides K.
-    With PDL, the first of the weights are fetched while the kernel before still runs.
+    With PDL, PREFETCH bytes of each weight row are fetched while the kernel before still runs.
 
     ``partial_ptr`` float32 [tiles, SPLIT, BLOCK_N, BLOCK_M], ``counter_ptr`` int32 [tiles].
     """
@@ -88,7 +90,7 @@ def _skinny_kernel(  # type: ignore[no-untyped-def]
     begin = blocks * part // SPLIT
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        prefetch(w_ptr + w_row[:, None] * w_stride, begin * BLOCK_K, K, 512)
+        prefetch(w_ptr + w_row[:, None] * w_stride, begin * BLOCK_K, K, PREFETCH)
         tl.extra.cuda.gdc_wait()
     row = tl.arange(0, BLOCK_M).to(tl.int64)
     column = tl.arange(0, BLOCK_K)
@@ -154,6 +156,12 @@ def rule(features: int, k: int, gated: bool, device: torch.device) -> Config:
     tiles = -(-features * (2 if gated else 1) // 64)
     wanted = 3 * multiprocessors(device) // tiles
     return _config(64, 64, max(1, min(wanted, k // 512, 8)), warps=4, stages=5)
+
+
+def _prefetched(rows: int, nbytes: int) -> int:
+    """Bytes, a power of two, to fetch ahead of each of ``rows`` rows of ``nbytes`` bytes."""
+    share = max(128, min(PREFETCH_BYTES // rows, nbytes))
+    return 1 << (share.bit_length() - 1)
 
 
 def _config(
@@ -224,6 +232,7 @@ def skinny(x: Tensor, w: Tensor, epilogue: Epilogue, config: Config) -> None:
         split,
         k % block_k == 0,
         pdl,
+        _prefetched(tiles * block_n * split, k // split * w.element_size()),
         num_warps=config["warps"],
         num_stages=config["stages"],
         **launch,

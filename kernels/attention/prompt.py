@@ -27,7 +27,8 @@ from squall.kernels.attention.prefill import prefill
 from squall.kernels.cases import BF16, Case
 from squall.kernels.op import op
 
-# Below this many tokens a prompt's launches (gather, cuDNN, copy) cost more than they save.
+# Below this many tokens a prompt's launches (gather, cuDNN, copy) should cost more than they save:
+# an estimate, half the shortest prompt that was measured.
 DENSE_FROM = 1024
 
 

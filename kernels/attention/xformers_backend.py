@@ -3,8 +3,8 @@
 ``paged_attention`` takes what the operator of that name takes (``squall.kernels.attention.paged``)
 and can stand in for it: decode steps go to xformers' Triton split-K operator, prompts to Flash
 Attention 3 or 2, whichever xformers has with paged keys. The biases are made of the index tensors
-as they are, without a copy from the host, so a CUDA graph can hold a decode step. Rows of
-sequences without context are undefined here. Written for xformers 0.0.32 to 0.0.35.
+as they are, without a copy from the host. Rows of sequences without context are undefined here.
+Written against the interface of xformers 0.0.35.
 """
 
 import functools

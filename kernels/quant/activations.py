@@ -28,11 +28,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from squall.kernels.cases import BF16, BOTH, Case, random
-from squall.kernels.lang import next_power_of_2, tl, triton
-from squall.kernels.op import op
+from squall.kernels.lang import next_power_of_2, tl, triton, wait_for_inputs
+from squall.kernels.op import dependent_launch, op
 from squall.kernels.quant.planes import padded as pad_columns
 from squall.kernels.rmsnorm import MAX_DIM
-from squall.kernels.tuning import tuned
 
 Quantized = tuple[Tensor, Tensor, Tensor]
 
@@ -112,9 +111,7 @@ def _quantize_kernel(  # type: ignore[no-untyped-def]
     PDL: tl.constexpr,
 ):
     """Grid (rows, groups of BLOCKS blocks)."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * (BLOCKS * 32)
     columns = _columns(start, BLOCKS)
@@ -141,9 +138,7 @@ def _norm_quantize_kernel(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     columns = _columns(0, BLOCKS)
     norm = tl.load(norm_ptr + columns, mask=columns < K, other=0.0)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_inputs(PDL)
     x = tl.load(stream_ptr + row * stream_stride + columns, mask=columns < K, other=0.0)
     square = tl.sum(tl.sum(tl.sum(x * x, axis=2), axis=1), axis=0)
     x = x * tl.rsqrt(square / K + eps) * norm
@@ -157,13 +152,6 @@ def _allocate(rows: int, padded: int, k: int, device: torch.device) -> Quantized
     return parts, scale, torch.empty((rows, padded // 16), dtype=torch.int32, device=device)
 
 
-def _launch_options(k: int, device: torch.device) -> dict[str, Any]:
-    """Programmatic dependent launch where the table asks for it: the product that follows then
-    loads its first weights while this kernel runs."""
-    pdl = bool((tuned("quantize_rows", f"k{k}", device) or {}).get("pdl", 0))
-    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
-
-
 def quantize_rows_launcher(x: Tensor, padded: int) -> Quantized:
     assert x.dim() == 2, f"x {x.shape}"
     assert x.stride(1) == 1, "rows must be dense"
@@ -172,10 +160,11 @@ def quantize_rows_launcher(x: Tensor, padded: int) -> Quantized:
     if rows:
         blocks = 16
         grid = (rows, triton.cdiv(padded, blocks * BLOCK))
-        options = _launch_options(k, x.device)
+        pdl = dependent_launch(x.device)
         _quantize_kernel[grid](
-            x, parts, scale, sums, rows, x.stride(0), k, padded, blocks, num_warps=4, **options
-        )
+            x, parts, scale, sums, rows, x.stride(0), k, padded, blocks, bool(pdl),
+            num_warps=4, **pdl,
+        )  # fmt: skip
     return parts, scale, sums
 
 
@@ -188,21 +177,11 @@ def norm_quantize_rows_launcher(stream: Tensor, norm: Tensor, eps: float, padded
     parts, scale, sums = _allocate(rows, padded, k, stream.device)
     if rows:
         blocks = next_power_of_2(padded // BLOCK)
+        pdl = dependent_launch(stream.device)
         _norm_quantize_kernel[(rows,)](
-            stream,
-            norm,
-            parts,
-            scale,
-            sums,
-            rows,
-            stream.stride(0),
-            eps,
-            k,
-            padded,
-            blocks,
-            num_warps=min(16, max(4, blocks // 8)),
-            **_launch_options(k, stream.device),
-        )
+            stream, norm, parts, scale, sums, rows, stream.stride(0), eps, k, padded, blocks,
+            bool(pdl), num_warps=min(16, max(4, blocks // 8)), **pdl,
+        )  # fmt: skip
     return parts, scale, sums
 
 

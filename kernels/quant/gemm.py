@@ -34,14 +34,8 @@ from squall.kernels.op import dependent_launch, multiprocessors, op
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.gemm_dequant import GAIN
 from squall.kernels.quant.gemm_kernel import plane_gemm_kernel
-from squall.kernels.quant.planes import (
-    Layout,
-    Planes,
-    dequantize,
-    layout,
-    padded,
-    random_planes,
-)
+from squall.kernels.quant.planes import SUPER, Layout, Planes, dequantize, layout, padded
+from squall.kernels.quant.planes import random_planes as random_weights
 from squall.kernels.tuning import Config, Problem, Tunable, tuned
 
 MAX_ROWS = 256
@@ -91,23 +85,27 @@ def key(ggml_type: int, n: int, k: int, bucket: int) -> str:
     return f"{gguf_formats()[ggml_type].name.lower()}-n{n}-k{k}-m{bucket}"
 
 
-def _bucket(rows: int) -> int:
-    return max(16, next_power_of_2(rows))
-
-
 def _config(
     plan: Layout, tile: tuple[int, int, int], split: int, warps: int, budget: int = 80
 ) -> Config:
     """``tile`` is BLOCK_M, BLOCK_N, BLOCK_K; as many stages as ``budget`` KiB of shared memory
-    hold, 2 to 5."""
+    hold, 2 to 5. ``registers`` a thread may use leave room for four (two, if of eight warps)
+    programs a multiprocessor, three where sums are many."""
     block_m, block_n, block_k = tile
     # Words of a plane are used whole only by blocks of 128 (2 bits) or 256 weights (1 bit).
     if plan.low_bits == 2 or plan.high_bits:
         block_k = max(block_k, 128)
     stage = block_k * (block_m * 16 + block_n * (plan.low_bits + plan.high_bits + 1)) // 8
-    stages = max(2, min(5, budget * 1024 // stage))
-    sizes = {"block_m": block_m, "block_n": block_n, "block_k": block_k}
-    return {**sizes, "split": split, "warps": warps, "stages": stages}
+    sums = block_m * block_n // (32 * warps)
+    return {
+        "block_m": block_m,
+        "block_n": block_n,
+        "block_k": block_k,
+        "split": split,
+        "warps": warps,
+        "stages": max(2, min(5, budget * 1024 // stage)),
+        "registers": 255 if sums > 64 else 168 if sums > 32 and warps == 4 else 128,
+    }
 
 
 def _tiles(bucket: int, weights: int, tile: tuple[int, int, int]) -> int:
@@ -116,8 +114,8 @@ def _tiles(bucket: int, weights: int, tile: tuple[int, int, int]) -> int:
 
 def rule(plan: Layout, bucket: int, weights: int, k: int, device: torch.device) -> Config:
     """Launch parameters where no table has the problem: two programs a multiprocessor, with at
-    least 512 columns of the ``weights`` rows each. Four warps have half the sums of eight in their
-    way, but 128 rows of x leave them too few registers."""
+    least 512 columns of the ``weights`` rows each. Four
+    warps waste fewer instructions than eight, but 128 rows of x leave them too few registers."""
     tile = (min(bucket, 128), 128, 128 if bucket <= 64 else 64)
     wanted = 2 * multiprocessors(device) // _tiles(bucket, weights, tile)
     return _config(plan, tile, max(1, min(wanted, k // 512, 8)), 4 if bucket <= 64 else 8)
@@ -184,7 +182,7 @@ def _gemm(
     (rows, k), n = x.shape, low.shape[0]
     if rows == 0:
         return
-    bucket, width = _bucket(rows), padded(k)
+    bucket, width = max(16, next_power_of_2(rows)), padded(k)
     config = config or tuned("plane_gemm", key(ggml_type, n, width, bucket), x.device)
     config = config or rule(plan, bucket, n, width, x.device)
     block_m, block_n, split = config["block_m"], config["block_n"], config["split"]
@@ -195,7 +193,8 @@ def _gemm(
         assert jobs <= MAX_TILES, f"{jobs} tiles in {split} parts"
         counters = _counters(x.device)
         partial = torch.empty(jobs * split * block_n * block_m, device=x.device)
-    pdl = dependent_launch(x.device)
+    pdl, ptx = dependent_launch(x.device), _has_ptx(x.device)
+    limit = {"maxnreg": config["registers"]} if ptx else {}
     plane_gemm_kernel[(jobs, split)](
         x,
         low.view(torch.int16),
@@ -209,7 +208,7 @@ def _gemm(
         rows,
         epilogue.features,
         k,
-        width,
+        width // SUPER,
         x.stride(0),
         out.stride(0),
         plan.low_bits,
@@ -226,11 +225,12 @@ def _gemm(
         config["block_k"],
         split,
         k % config["block_k"] == 0,
-        _has_ptx(x.device),
+        ptx,
         bool(pdl),
         num_warps=config["warps"],
         num_stages=config["stages"],
         **pdl,
+        **limit,
     )
 
 
@@ -287,16 +287,27 @@ _TYPES = {entry.name: entry for entry in gguf_formats().values() if entry.unpack
 _HALF = (torch.float16, torch.bfloat16)
 
 
+def _moved(tensors: _Tensors, device: torch.device, copy: bool = False) -> _Tensors:
+    low, high, scales, supers = (None if t is None else t.to(device, copy=copy) for t in tensors)
+    assert low is not None
+    assert scales is not None
+    return low, high, scales, supers
+
+
 def _inputs(
     name: str, size: tuple[int, int, int], bias: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[object, ...]:
     """Arguments up to ``bias`` for M, N, K; x is float16 where results are float32."""
     m, n, k = size
     entry, cpu = _TYPES[name], torch.device("cpu")
-    planes = random_planes(entry, n, k, cpu, torch.Generator().manual_seed(51))
-    x = random((m, k + 8), dtype if dtype in _HALF else torch.float16, device, 52)[:, :k]
-    tensors = [None if t is None else t.to(device) for t in planes.tensors]
-    return x, *tensors, entry.ggml_type, random((n,), dtype, device, 53) if bias else None
+    planes = random_weights(entry, n, k, cpu, torch.Generator().manual_seed(51))
+    x = random((m, k + 16), dtype if dtype in _HALF else torch.float16, device, 52)[:, :k]
+    return (
+        x,
+        *_moved(planes.tensors, device),
+        entry.ggml_type,
+        random((n,), dtype, device, 53) if bias else None,
+    )
 
 
 def _case(
@@ -320,8 +331,9 @@ def _case(
 
 def _add_case(name: str, size: tuple[int, int, int], bias: bool = False) -> Case:
     def build(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
-        # Large, so that the limit for float32 is about 1e-3 of the product.
-        stream = random((size[0], size[1] + 4), torch.float32, device, 54)[:, 4:] * 64
+        # Large, so that float32's limit is about that of x's dtype for the product.
+        scale = 1024 if dtype == torch.bfloat16 else 128
+        stream = random((size[0], size[1] + 4), torch.float32, device, 54)[:, 4:] * scale
         return *_inputs(name, size, bias, dtype, device), stream
 
     title = f"plane_gemm_add-{name}-{'x'.join(map(str, size))}{'-bias' * bias}"
@@ -358,11 +370,9 @@ def _runner(
 ) -> Callable[[Config], None]:
     """One product, of the kind that weights of this size are for (see ``_problems``)."""
     entry, generator = gguf_formats()[ggml_type], torch.Generator(device).manual_seed(0)
-    planes = random_planes(entry, n, k, device, generator)
+    planes = random_weights(entry, n, k, device, generator)
     copies = 1 + (256 << 20) // planes.nbytes
-    tensors = cycle(
-        [tuple(None if t is None else t.clone() for t in planes.tensors) for _ in range(copies)]
-    )
+    tensors = cycle([_moved(planes.tensors, device, copy=True) for _ in range(copies)])
     x = torch.randn((rows, k), device=device).half()
     add, gated = n <= k, 4 * k <= n <= 65536
     out = torch.zeros((rows, n // 2 if gated else n), device=device)
@@ -386,7 +396,9 @@ def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
             for bucket in (16, 32, 64, 128, 256):
                 build = partial(_runner, kind, n, k, bucket)
                 tried = tuple(candidates(plan, bucket, n, width))
-                yield Problem(key(kind, n, width, bucket), n * width * plan.bits // 8, build, tried)
+                yield Problem(
+                    key(kind, n, width, bucket), int(n * width * plan.bits / 8), build, tried
+                )
 
 
 TUNABLE = Tunable("plane_gemm", _problems)

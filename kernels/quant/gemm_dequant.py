@@ -205,10 +205,8 @@ def run_weights(  # type: ignore[no-untyped-def]
     q = _masked(low, (((1 << LOW_BITS) - 1) << LOW_SHIFT) * 0x10001, PTX)
     if HIGH_BITS > 0:
         TOP: tl.constexpr = LOW_SHIFT + LOW_BITS
-        if TOP >= HIGH_SHIFT:
-            bits = high << (TOP - HIGH_SHIFT)
-        else:
-            bits = high >> (HIGH_SHIFT - TOP)
+        MOVE: tl.constexpr = TOP - HIGH_SHIFT
+        bits = high << MOVE if MOVE >= 0 else high >> -MOVE
         q |= bits & (((1 << HIGH_BITS) - 1) << TOP) * 0x10001
     UNIT: tl.constexpr = 1.0 / (1 << LOW_SHIFT)
     BASE: tl.constexpr = -1024.0 * UNIT - (128 if LOW_BITS == 8 else OFFSET)

@@ -52,7 +52,7 @@ def _finish(  # type: ignore[no-untyped-def]
     store(target, z, (row < rows)[None, :] & (feature < features)[:, None], ADD)
 
 
-@triton.jit(do_not_specialize=["rows", "features"])
+@triton.jit(do_not_specialize=["rows", "features", "units"])
 def plane_gemm_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     low_ptr,
@@ -66,7 +66,7 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
     rows,
     features,
     K,
-    padded,
+    units,
     x_stride,
     y_stride,
     LOW_BITS: tl.constexpr,
@@ -86,15 +86,16 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
     PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (tiles of weight rows x tiles of rows of x, SPLIT). ``features`` are columns of y,
-    ``padded`` columns of the planes; EVEN: BLOCK_K divides K. Words of the quants are int16, all
-    others int32. Each of SPLIT programs has a part of K.
+    """Grid (tiles of weight rows x tiles of rows of x, SPLIT); each of SPLIT programs has a part
+    of K. ``features`` are columns of y. ``units`` are columns of the planes by 256: the compiler
+    then knows how their rows are aligned. EVEN: BLOCK_K divides K. Words of the quants are int16,
+    all others int32.
 
     ``partial_ptr`` float32 [grid 0, SPLIT, BLOCK_N, BLOCK_M], ``counter_ptr`` int32 [grid 0].
     """
     wait_for_inputs(PDL)
     PAIRS: tl.constexpr = BLOCK_K // 64
-    WORDS: tl.constexpr = 2 if KIND == "half_pair" or KIND == "byte_pair" and GROUP == 16 else 1
+    WORDS: tl.constexpr = 2 if KIND == "half_pair" or (KIND == "byte_pair" and GROUP == 16) else 1
     # Pairs of runs that share words of the high plane.
     SHARE: tl.constexpr = 4 // HIGH_BITS if HIGH_BITS > 0 else 1
     job, part = tl.program_id(0), tl.program_id(1)
@@ -106,12 +107,12 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
     word = tl.arange(0, 16)[None, :]
     x_tile = x_ptr + row[None, :] * x_stride + column[:, None]
     x_mask = (row < rows)[None, :]
-    low_tile = low_ptr + (w_row * (padded * LOW_BITS // 16))[:, None] + word
+    low_tile = low_ptr + (w_row * (units * (16 * LOW_BITS)))[:, None] + word
     if HIGH_BITS > 0:
-        high_tile = high_ptr + (w_row * (padded * HIGH_BITS // 16))[:, None] + word
-    scales_row = scales_ptr + w_row * (padded // 64 * WORDS)
+        high_tile = high_ptr + (w_row * (units * (16 * HIGH_BITS)))[:, None] + word
+    scales_row = scales_ptr + w_row * (units * (4 * WORDS))
     if supers_ptr is not None:
-        supers_row = w_row * (padded // 256)
+        supers_row = w_row * units
         parity = (supers_row & 1).to(tl.int32)
 
     z = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)

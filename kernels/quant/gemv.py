@@ -22,14 +22,16 @@ from torch.nn import functional as F
 from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.cases import BF16, BOTH, Case, random
 from squall.kernels.lang import next_power_of_2, triton
-from squall.kernels.op import multiprocessors, op
+from squall.kernels.op import dependent_launch, multiprocessors, op
 from squall.kernels.quant.activations import quantize_rows, quantize_rows_reference, restore
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.gemv_kernel import plane_gemv_kernel
+from squall.kernels.quant.gemv_resident import resident_gemv_kernel
 from squall.kernels.quant.planes import Planes, dequantize, layout, padded, random_planes
 from squall.kernels.tuning import Config, Problem, Tunable, tuned
 
 MAX_ROWS = 8
+PREFETCH_BYTES = 20 << 20  # of a weight, by all programs: well within an L2 cache
 
 
 def _matrix(
@@ -79,27 +81,41 @@ def key(ggml_type: int, n: int, k: int, bucket: int) -> str:
     return f"{gguf_formats()[ggml_type].name.lower()}-n{n}-k{k}-m{bucket}"
 
 
-def rule(features: int, chunks: int, gated: bool, device: torch.device) -> Config:
+def rule(bucket: int, features: int, chunks: int, gated: bool, device: torch.device) -> Config:
     """Launch parameters where no table has the problem.
 
-    ``rows`` are weight rows of a program (gate and up together): four where that leaves four
-    programs for every multiprocessor. ``warps``: the longest tile that divides a row of ``chunks``
-    chunks.
+    ``rows`` are weight rows of a tile (gate and up together). One row of x: a chunk a thread, or
+    two. Otherwise four rows a program where that leaves four programs for every multiprocessor, and
+    ``warps`` that make the longest tile that divides a row of ``chunks`` chunks.
     """
+    if bucket == 1:
+        warps = min(16, max(1, next_power_of_2(chunks) // 32))
+        return {"rows": 2, "warps": warps, "programs": max(1, 16 // warps)}
     weights = features * (2 if gated else 1)
     rows = 4 if weights // 4 >= 4 * multiprocessors(device) else 2
     even = next((warps for warps in (4, 2, 1) if chunks % (32 * warps) == 0), None)
-    return {"rows": rows, "warps": even or min(4, next_power_of_2(-(-chunks // 32))), "pdl": 0}
+    return {"rows": rows, "warps": even or min(4, next_power_of_2(-(-chunks // 32)))}
 
 
-def candidates(bucket: int) -> Iterator[Config]:
+def candidates(bucket: int, chunks: int) -> Iterator[Config]:
     """Launch parameters worth measuring for ``bucket`` rows of x."""
-    tiles = ((2, 2), (2, 4), (2, 8), (4, 2), (4, 4), (8, 4))
-    if bucket >= 4:  # a sum for each row of x and of the weight: tall tiles run out of registers
-        tiles = ((2, 1), (2, 2), (2, 4), (2, 8), (4, 4), (4, 8))
+    if bucket == 1:
+        yield from _resident_candidates(next_power_of_2(chunks))
+        return
+    tiles = ((2, 1), (2, 2), (2, 4), (2, 8), (4, 1), (4, 2), (4, 4), (4, 8), (8, 2), (8, 4))
     for rows, warps in tiles:
-        for pdl in (0, 1):
-            yield {"rows": rows, "warps": warps, "pdl": pdl}
+        if rows * bucket <= 16 or warps >= 4:  # a sum for each row of x and of the weight
+            yield {"rows": rows, "warps": warps}
+
+
+def _resident_candidates(chunks: int) -> Iterator[Config]:
+    """``programs`` are those of a multiprocessor; a thread keeps one to four chunks of x."""
+    for warps in (2, 4, 8, 16):
+        a_thread = chunks // (32 * warps)
+        for rows in (2, 4, 8):
+            if a_thread in (1, 2, 4) and a_thread * rows <= 8:
+                for programs in sorted({max(1, 16 // warps), max(1, 24 // warps)}):
+                    yield {"rows": rows, "warps": warps, "programs": programs}
 
 
 def _has_dp4a(device: torch.device) -> bool:
@@ -139,10 +155,10 @@ def _gemv(
     if config is None:
         config = tuned("plane_gemv", key(ggml_type, n, k, bucket), low.device)
     if config is None:
-        config = rule(features, chunks, gated, low.device)
-    tile, warps, pdl = config["rows"], config["warps"], bool(config["pdl"])
-    launch = {"launch_pdl": True} if pdl else {}
-    plane_gemv_kernel[(-(-features // (tile // 2 if gated else tile)),)](
+        config = rule(bucket, features, chunks, gated, low.device)
+    tile, warps = config["rows"], config["warps"]
+    pdl = dependent_launch(low.device)
+    tensors = (
         parts.view(torch.int32),
         scale,
         sums,
@@ -152,25 +168,22 @@ def _gemv(
         None if supers is None else _as_words(supers, 32 if plan.paired else 16),
         bias,
         out,
-        rows,
-        features,
-        out.stride(0),
-        k // 256,
-        plan.low_bits,
-        plan.high_bits,
-        plan.offset,
-        plan.group,
-        plan.scales,
-        activation,
-        add,
-        bucket,
-        tile,
-        32 * warps,
-        _has_dp4a(low.device),
-        pdl,
-        num_warps=warps,
-        **launch,
     )
+    form = (plan.low_bits, plan.high_bits, plan.offset, plan.group, plan.scales)
+    if rows == 1:
+        tiles = -(-features // (tile // 2 if gated else tile))
+        programs = min(tiles, config["programs"] * multiprocessors(low.device))
+        ahead = min(8, PREFETCH_BYTES // (programs * tile * width * 4))
+        ahead = min(8, PREFETCH_BYTES // (programs * tile * width * 4))
+        resident_gemv_kernel[(programs,)](
+            *tensors, features, k // 256, next_power_of_2(chunks), *form, activation, add, tile,
+            _has_dp4a(low.device), bool(pdl), ahead, num_warps=warps, **pdl,
+        )  # fmt: skip
+        return
+    plane_gemv_kernel[(-(-features // (tile // 2 if gated else tile)),)](
+        *tensors, rows, features, out.stride(0), k // 256, *form, activation, add, bucket, tile,
+        32 * warps, _has_dp4a(low.device), bool(pdl), num_warps=warps, **pdl,
+    )  # fmt: skip
 
 
 def plane_gemv_launcher(
@@ -317,7 +330,12 @@ def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
             for bucket in (1, 2, 4, 8):
                 build = partial(_runner, kind, n, k, bucket)
                 nbytes = int(n * padded(k) * bits / 8)
-                yield Problem(key(kind, n, k, bucket), nbytes, build, tuple(candidates(bucket)))
+                yield Problem(
+                    key(kind, n, k, bucket),
+                    nbytes,
+                    build,
+                    tuple(candidates(bucket, padded(k) * layout(kind).low_bits // 128)),
+                )
 
 
 TUNABLE = Tunable("plane_gemv", _problems)

@@ -16,26 +16,26 @@ All tensors are ``[rows of x, weight rows, threads, words]``: with one shape, an
 words deciding the layout, values stay in the threads that load them.
 """
 
-from squall.kernels.lang import tl, triton
+from squall.kernels.lang import tl, triton, wait_for_inputs
 from squall.kernels.linear_epilogue import gate, store, weight_rows
-
-# Four words of one thread: the dot product with both parts of x, in the first of four results.
-_DOT = tl.constexpr(
-    "{ .reg .b32 t; "
-    + "dp4a.s32.s32 t, $4, $8, 0; "
-    + "".join(f"dp4a.s32.s32 t, ${i}, ${i + 4}, t; " for i in (5, 6, 7))
-    + "shl.b32 t, t, 8; "
-    + "".join(f"dp4a.s32.s32 t, ${i}, ${i + 8}, t; " for i in (4, 5, 6, 7))
-    + "mov.b32 $0, t; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }"
-)
 
 
 @triton.jit
 def _dot(q, high, low, DP4A: tl.constexpr):  # type: ignore[no-untyped-def]
     """``sum(q * (256 * high + low))`` over the bytes of four words: ``[..., 4] -> [..., 1]``."""
     if DP4A:
+        # Four words at a time, in one chain: the sum is the first of four results.
         sums = tl.inline_asm_elementwise(
-            _DOT, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r", [q, high, low], tl.int32, True, 4
+            "{ .reg .b32 t; dp4a.s32.s32 t, $4, $8, 0; dp4a.s32.s32 t, $5, $9, t;"
+            " dp4a.s32.s32 t, $6, $10, t; dp4a.s32.s32 t, $7, $11, t; shl.b32 t, t, 8;"
+            " dp4a.s32.s32 t, $4, $12, t; dp4a.s32.s32 t, $5, $13, t;"
+            " dp4a.s32.s32 t, $6, $14, t; dp4a.s32.s32 t, $7, $15, t;"
+            " mov.b32 $0, t; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }",
+            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r",
+            [q, high, low],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=4,
         )
     else:
         sums = tl.zeros(high.shape, tl.int32) + q * 0
@@ -261,9 +261,7 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
         low_ptr, high_ptr, scales_ptr, supers_ptr, row, 0,
         BLOCKS, LOW, HIGH, UNIT_BITS, THREADS, EVEN,
     )  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    wait_for_inputs(PDL)
 
     x_row = tl.minimum(tl.arange(0, ROWS), rows - 1)[:, None, None, None]
     acc = tl.zeros([ROWS, TILE, THREADS, 1], tl.float32)

@@ -230,14 +230,14 @@ def _pack_rows(planes: Planes, plan: Layout, raw: Tensor, start: int) -> None:
 
 def quants(planes: Planes) -> Tensor:
     """uint8 ``[N, KP]``, still with the offset; int8 for Q8_0."""
-    plan, rows = layout(planes.format.ggml_type), planes.out_features
+    plan, rows, width = layout(planes.format.ggml_type), planes.out_features, planes.padded
     if plan.low_bits == 8:
         return planes.low.view(torch.int8)
+    if rows == 0:
+        return planes.low.new_empty((0, width), dtype=torch.uint8)
 
-    def fields(words: Tensor, width: int, bit: int) -> Tensor:
-        chunks = planes.padded * width // SUPER
-        units = words.view(torch.uint8).view(rows * chunks, 1, 32)
-        return bit_fields(units, width, bit).view(rows, planes.padded)
+    def fields(words: Tensor, bits: int, place: int) -> Tensor:
+        return bit_fields(words.view(torch.uint8).view(rows, -1, 32), bits, place)
 
     q = fields(planes.low, plan.low_bits, 0)
     if planes.high is not None:

@@ -30,6 +30,10 @@ KERNELS = {
     "_penalize_kernel",
     "_count_kernel",
     "_gather_kernel",
+    "_quantize_kernel",
+    "_norm_quantize_kernel",
+    "_expand_kernel",
+    "plane_gemv_kernel",
 }
 
 
