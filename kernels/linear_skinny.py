@@ -23,7 +23,6 @@ from squall.kernels.tuning import Config
 
 MAX_ROWS = 256
 MAX_TILES = 65536  # of products with split > 1
-PREFETCH_BYTES = 20 << 20  # of a weight, by all programs: well within an L2 cache
 
 
 @triton.jit
@@ -77,10 +76,9 @@ def _skinny_kernel(  # type: ignore[no-untyped-def]
     SPLIT: tl.constexpr,
     EVEN: tl.constexpr,
     PDL: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):
     """Grid (tiles, SPLIT). ``features`` are columns of y; BLOCK_M >= rows; EVEN: BLOCK_K divides K.
-    With PDL, PREFETCH bytes of each weight row are fetched while the kernel before still runs.
+    With PDL, the first of the weights are fetched while the kernel before still runs.
 
     ``partial_ptr`` float32 [tiles, SPLIT, BLOCK_N, BLOCK_M], ``counter_ptr`` int32 [tiles].
     """
@@ -90,7 +88,7 @@ def _skinny_kernel(  # type: ignore[no-untyped-def]
     begin = blocks * part // SPLIT
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        prefetch(w_ptr + w_row[:, None] * w_stride, begin * BLOCK_K, K, PREFETCH)
+        prefetch(w_ptr + w_row[:, None] * w_stride, begin * BLOCK_K, K, 512)
         tl.extra.cuda.gdc_wait()
     row = tl.arange(0, BLOCK_M).to(tl.int64)
     column = tl.arange(0, BLOCK_K)
@@ -158,12 +156,6 @@ def rule(features: int, k: int, gated: bool, device: torch.device) -> Config:
     return _config(64, 64, max(1, min(wanted, k // 512, 8)), warps=4, stages=5)
 
 
-def _prefetched(rows: int, nbytes: int) -> int:
-    """Bytes, a power of two, to fetch ahead of each of ``rows`` rows of ``nbytes`` bytes."""
-    share = max(128, min(PREFETCH_BYTES // rows, nbytes))
-    return 1 << (share.bit_length() - 1)
-
-
 def _config(
     block_n: int, block_k: int, split: int, warps: int, stages: int, pdl: int = 0
 ) -> Config:
@@ -174,6 +166,7 @@ def _config(
 def candidates(bucket: int, features: int, k: int, gated: bool) -> Iterator[Config]:
     """Launch parameters worth measuring for ``bucket`` rows of x."""
     weights = features * (2 if gated else 1)
+    tiles: tuple[tuple[int, int, int, int], ...]
     if bucket <= 32:
         tiles = (
             (32, 128, 4, 5),
@@ -232,7 +225,6 @@ def skinny(x: Tensor, w: Tensor, epilogue: Epilogue, config: Config) -> None:
         split,
         k % block_k == 0,
         pdl,
-        _prefetched(tiles * block_n * split, k // split * w.element_size()),
         num_warps=config["warps"],
         num_stages=config["stages"],
         **launch,

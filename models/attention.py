@@ -1,5 +1,7 @@
 """Grouped-query attention over the paged KV cache."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from squall.kernels.attention.paged import paged_attention
@@ -8,6 +10,8 @@ from squall.kernels.attention.rope_store import rope_store_kv
 from squall.models.batch import Batch
 from squall.models.config import DecoderConfig, LayerConfig
 from squall.models.weights import WeightSource, read_linear
+
+Attend = Callable[..., Tensor]  # takes what ``paged_attention`` takes
 
 
 class Attention:
@@ -20,6 +24,7 @@ class Attention:
         self.window = layer.window
         self.softcap = config.attention_softcap
         self.eps = config.norm_eps
+        self.attend: Attend | None = None  # what the user chose instead of what is fastest
         q_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
         self.qkv = read_linear(
@@ -55,10 +60,12 @@ class Attention:
         )
         limits = self.scale, self.window, self.softcap, None
         index = batch.block_tables, batch.query_start, batch.context_lens
-        if batch.query_lens and batch.max_query_len > 1:
+        longest = batch.max_query_len, batch.max_context_len
+        if self.attend is not None:
+            mixed = self.attend(q, *cache, *index, *longest, *limits)
+        elif batch.query_lens and batch.max_query_len > 1:
             lengths = batch.query_lens, batch.contexts
             mixed = prefill_attention(q, *cache, *index, *lengths, *limits)
         else:
-            longest = batch.max_query_len, batch.max_context_len
             mixed = paged_attention(q, *cache, *index, *longest, *limits)
         return mixed.view(stream.shape[0], -1)

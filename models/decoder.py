@@ -5,7 +5,7 @@ from torch import Tensor
 
 from squall.kernels.rmsnorm import rms_norm_add
 from squall.kernels.weight import Weight
-from squall.models.attention import Attention
+from squall.models.attention import Attend, Attention
 from squall.models.batch import Batch, KVCache
 from squall.models.config import DecoderConfig, LayerConfig
 from squall.models.linear import Linear
@@ -83,6 +83,11 @@ class Decoder:
             self.embedding if config.tie_embeddings else source.matrix("lm_head.weight", *shape)
         )
         self.ropes = [rope_table(rope, max_len, source.device) for rope in config.ropes]
+
+    def use_attention(self, attend: Attend) -> None:
+        """Compute attention with ``attend`` from now on."""
+        for block in self.blocks:
+            block.attention.attend = attend
 
     @property
     def nbytes(self) -> int:

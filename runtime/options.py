@@ -22,6 +22,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     pa_gpu_mem_usage: float | None = None  # share of the device's memory, 0..1
     pa_ctxt_len: int | None = None  # tokens the KV cache must hold
     pa_blk_size: int = 32  # tokens per cache block: 8, 16, 32 or 64
+    attention_backend: str = "auto"  # auto (the fastest for each step), triton, xformers
     enforce_eager: bool = False  # no CUDA graphs
     token_source: str = "cache"  # literal:V, env:V, path:V, cache, none
     chat_template: str | None = None  # a .jinja or .json file replacing the model's own

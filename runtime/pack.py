@@ -38,13 +38,16 @@ def pack(chunks: Rows[Chunk], block_size: int, sampled: Tensor) -> Batch:
     samples = np.fromiter((chunk.samples for chunk in chunks), bool, count)
     source, in_flight = _sources(chunks, query_start)
     ends = starts + lengths
-    arrays = (source, positions, slots, query_start, ends, tables, query_start[1:][samples] - 1)
-    token_ids, *index = _upload(arrays, sampled.device)
-    if in_flight:
-        token_ids = gather_ids(sampled, token_ids)
+    rows = query_start[1:][samples] - 1
+    sent = _upload((source, positions, slots, query_start, ends, tables, rows), sampled.device)
     return Batch(
-        token_ids,
-        *index,
+        token_ids=gather_ids(sampled, sent[0]) if in_flight else sent[0],
+        positions=sent[1],
+        slots=sent[2],
+        query_start=sent[3],
+        context_lens=sent[4],
+        block_tables=sent[5],
+        logit_rows=sent[6],
         max_query_len=int(lengths.max()),
         max_context_len=int(ends.max()),
         query_lens=tuple(lengths.tolist()),
@@ -74,5 +77,5 @@ def _upload(arrays: Rows[np.ndarray], device: torch.device) -> list[Tensor]:
     sizes = [array.size for array in arrays]
     host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
     np.concatenate([a.ravel() for a in arrays], out=host.numpy(), casting="unsafe")
-    parts = host.to(device, non_blocking=True).split(sizes)
+    parts = host.to(device, non_blocking=True).split_with_sizes(sizes)
     return [part.view(a.shape) for part, a in zip(parts, arrays, strict=True)]

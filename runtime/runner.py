@@ -163,6 +163,6 @@ class Runner:
         host = self._host_ids[self._turn]
         count = len(rows)
         host[:count].copy_(self._sampled[:count], non_blocking=True)
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(self.model.device))
         return Launched(sampling, rows, None, host, done)

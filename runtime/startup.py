@@ -15,6 +15,7 @@ from squall.loaders.pypi import demo_model
 from squall.models.batch import KVCache
 from squall.models.config import DecoderConfig
 from squall.models.decoder import Decoder
+from squall.runtime.attention import choose_attention
 from squall.runtime.client import ProcessEngine, ThreadEngine
 from squall.runtime.engine import Engine, probe_batch
 from squall.runtime.frontend import Frontend
@@ -148,6 +149,7 @@ def start_engine(
     Raises OptionError, KVMemoryError.
     """
     check_options(options)
+    choose_attention(model, options)
     config = model.config
     facts = _measure(model, options)
     token_bytes = config.kv_bytes_per_token(model.dtype.itemsize)

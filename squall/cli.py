@@ -236,6 +236,11 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         help=f"sequences computed at the same time (default: {_DEFAULTS.max_seqs})",
     )
     engine(
+        "--attention-backend",
+        choices=("auto", "triton", "xformers"),
+        help="auto (default) takes the fastest kernel for each step",
+    )
+    engine(
         "--enforce-eager",
         action="store_true",
         help="launch kernels one by one instead of replaying CUDA graphs (slower; for debugging)",

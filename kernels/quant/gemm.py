@@ -21,6 +21,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -48,9 +49,8 @@ def _product(
     x: Tensor, planes: _Tensors, ggml_type: int, bias: Tensor | None, activation: str
 ) -> Tensor:
     weight = dequantize(Planes(gguf_formats()[ggml_type], x.shape[1], *planes))
-    return ACTIVATIONS[activation](
-        F.linear(x.float(), weight, None if bias is None else bias.float())
-    )
+    y = F.linear(x.float(), weight, None if bias is None else bias.float())
+    return ACTIVATIONS[activation](y)
 
 
 def plane_gemm_reference(
@@ -121,9 +121,9 @@ def rule(plan: Layout, bucket: int, weights: int, k: int, device: torch.device) 
     return _config(plan, tile, max(1, min(wanted, k // 512, 8)), 4 if bucket <= 64 else 8)
 
 
-def candidates(plan: Layout, bucket: int, weights: int, k: int) -> Iterator[Config]:
+def candidates(plan: Layout, bucket: int, weights: int, k: int) -> Sequence[Config]:
     """At most 16 launch parameters worth measuring."""
-    m = min(bucket, 128)
+    m, found = min(bucket, 128), []
     if bucket <= 32:
         shapes = [((m, 128, 128), 4), ((m, 64, 256), 4), ((m, 128, 256), 8), ((m, 64, 128), 4)]
     elif bucket == 64:
@@ -136,7 +136,10 @@ def candidates(plan: Layout, bucket: int, weights: int, k: int) -> Iterator[Conf
         # One to four programs a multiprocessor of a GPU with 132.
         splits = {max(1, min(round(n * 132 / tiles), k // 512, 16)) for n in (1, 2, 3, 4)}
         for split in sorted(splits):
-            yield _config(plan, tile, split, warps, 100 if warps == 8 else 70)
+            config = _config(plan, tile, split, warps, 100 if warps == 8 else 70)
+            if config not in found:  # blocks of some formats are longer than asked for
+                found.append(config)
+    return found
 
 
 @functools.cache
@@ -177,7 +180,7 @@ def _gemm(
     x: Tensor, planes: _Tensors, ggml_type: int, epilogue: Epilogue, config: Config | None = None
 ) -> None:
     """Launch; ``config`` overrides the table (tuning)."""
-    (low, high, scales, supers), plan, out = planes, layout(ggml_type), epilogue.out
+    (low, high, scales, supers), plan = planes, layout(ggml_type)
     _check(x, low, plan, epilogue)
     (rows, k), n = x.shape, low.shape[0]
     if rows == 0:
@@ -185,46 +188,40 @@ def _gemm(
     bucket, width = max(16, next_power_of_2(rows)), padded(k)
     config = config or tuned("plane_gemm", key(ggml_type, n, width, bucket), x.device)
     config = config or rule(plan, bucket, n, width, x.device)
-    block_m, block_n, split = config["block_m"], config["block_n"], config["split"]
-    tiles = -(-epilogue.features // (block_n // 2 if epilogue.gated else block_n))
-    jobs = tiles * -(-rows // block_m)
-    partial = counters = None
+    block_m, block_n, block_k = config["block_m"], config["block_n"], config["block_k"]
+    per_tile = block_n // 2 if epilogue.gated else block_n
+    jobs = -(-epilogue.features // per_tile) * -(-rows // block_m)
+    split, partial, counters = config["split"], None, None
     if split > 1:
         assert jobs <= MAX_TILES, f"{jobs} tiles in {split} parts"
         counters = _counters(x.device)
         partial = torch.empty(jobs * split * block_n * block_m, device=x.device)
     pdl, ptx = dependent_launch(x.device), _has_ptx(x.device)
     limit = {"maxnreg": config["registers"]} if ptx else {}
+    words = None if high is None else high.view(torch.int16)
+    super_words = None if supers is None else _as_words(supers)
+    sizes = (rows, epilogue.features, k, width // SUPER, x.stride(0), epilogue.out.stride(0))
+    numbers = (plan.low_bits, plan.high_bits, plan.offset, plan.group, plan.scales, plan.paired)
     plane_gemm_kernel[(jobs, split)](
         x,
         low.view(torch.int16),
-        None if high is None else high.view(torch.int16),
+        words,
         _as_words(scales),
-        None if supers is None else _as_words(supers),
+        super_words,
         epilogue.bias,
-        out,
+        epilogue.out,
         partial,
         counters,
-        rows,
-        epilogue.features,
-        k,
-        width // SUPER,
-        x.stride(0),
-        out.stride(0),
-        plan.low_bits,
-        plan.high_bits,
-        plan.offset,
-        plan.group,
-        plan.scales,
-        plan.paired,
+        *sizes,
+        *numbers,
         GAIN,
         epilogue.activation,
         epilogue.add,
         block_m,
         block_n,
-        config["block_k"],
+        block_k,
         split,
-        k % config["block_k"] == 0,
+        k % block_k == 0,
         ptx,
         bool(pdl),
         num_warps=config["warps"],
@@ -288,10 +285,8 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def _moved(tensors: _Tensors, device: torch.device, copy: bool = False) -> _Tensors:
-    low, high, scales, supers = (None if t is None else t.to(device, copy=copy) for t in tensors)
-    assert low is not None
-    assert scales is not None
-    return low, high, scales, supers
+    moved = (None if t is None else t.to(device, copy=copy) for t in tensors)
+    return cast(_Tensors, tuple(moved))
 
 
 def _inputs(
@@ -375,10 +370,9 @@ def _runner(
     tensors = cycle([_moved(planes.tensors, device, copy=True) for _ in range(copies)])
     x = torch.randn((rows, k), device=device).half()
     add, gated = n <= k, 4 * k <= n <= 65536
-    out = torch.zeros((rows, n // 2 if gated else n), device=device)
-    epilogue = Epilogue(
-        out if add or n > 65536 else out.half(), None, "silu" if gated else "none", add
-    )
+    dtype = torch.float32 if add or n > 65536 else torch.float16
+    out = torch.zeros((rows, n // 2 if gated else n), dtype=dtype, device=device)
+    epilogue = Epilogue(out, None, "silu" if gated else "none", add)
 
     def run(config: Config) -> None:
         _gemm(x, next(tensors), ggml_type, epilogue, config)
@@ -395,7 +389,7 @@ def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
             width = padded(k)
             for bucket in (16, 32, 64, 128, 256):
                 build = partial(_runner, kind, n, k, bucket)
-                tried = tuple(candidates(plan, bucket, n, width))
+                tried = candidates(plan, bucket, n, width)
                 yield Problem(
                     key(kind, n, width, bucket), int(n * width * plan.bits / 8), build, tried
                 )

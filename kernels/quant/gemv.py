@@ -31,7 +31,6 @@ from squall.kernels.quant.planes import Planes, dequantize, layout, padded, rand
 from squall.kernels.tuning import Config, Problem, Tunable, tuned
 
 MAX_ROWS = 8
-PREFETCH_BYTES = 20 << 20  # of a weight, by all programs: well within an L2 cache
 
 
 def _matrix(
@@ -84,12 +83,12 @@ def key(ggml_type: int, n: int, k: int, bucket: int) -> str:
 def rule(bucket: int, features: int, chunks: int, gated: bool, device: torch.device) -> Config:
     """Launch parameters where no table has the problem.
 
-    ``rows`` are weight rows of a tile (gate and up together). One row of x: a chunk a thread, or
-    two. Otherwise four rows a program where that leaves four programs for every multiprocessor, and
-    ``warps`` that make the longest tile that divides a row of ``chunks`` chunks.
+    ``rows`` are weight rows of a tile (gate and up together). One row of x: one to four chunks a
+    thread. Otherwise four rows a program where that leaves four programs for every multiprocessor,
+    and ``warps`` that make the longest tile that divides a row of ``chunks`` chunks.
     """
     if bucket == 1:
-        warps = min(16, max(1, next_power_of_2(chunks) // 32))
+        warps = min(4, max(1, next_power_of_2(chunks) // 32))
         return {"rows": 2, "warps": warps, "programs": max(1, 16 // warps)}
     weights = features * (2 if gated else 1)
     rows = 4 if weights // 4 >= 4 * multiprocessors(device) else 2
@@ -173,11 +172,9 @@ def _gemv(
     if rows == 1:
         tiles = -(-features // (tile // 2 if gated else tile))
         programs = min(tiles, config["programs"] * multiprocessors(low.device))
-        ahead = min(8, PREFETCH_BYTES // (programs * tile * width * 4))
-        ahead = min(8, PREFETCH_BYTES // (programs * tile * width * 4))
         resident_gemv_kernel[(programs,)](
             *tensors, features, k // 256, next_power_of_2(chunks), *form, activation, add, tile,
-            _has_dp4a(low.device), bool(pdl), ahead, num_warps=warps, **pdl,
+            _has_dp4a(low.device), bool(pdl), num_warps=warps, **pdl,
         )  # fmt: skip
         return
     plane_gemv_kernel[(-(-features // (tile // 2 if gated else tile)),)](

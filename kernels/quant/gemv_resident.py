@@ -8,7 +8,7 @@ before is worked on.
 """
 
 from squall.kernels.lang import tl, triton
-from squall.kernels.linear_epilogue import gate, prefetch, store, weight_rows
+from squall.kernels.linear_epilogue import gate, store, weight_rows
 from squall.kernels.quant.gemv_kernel import _dot, _half, _run_quants, _run_scales, _word
 
 
@@ -210,7 +210,6 @@ def resident_gemv_kernel(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     DP4A: tl.constexpr,
     PDL: tl.constexpr,
-    PREFETCH: tl.constexpr,
 ):
     """Grid (programs,), any number. Arguments as ``plane_gemv_kernel``'s; CHUNKS is at least the
     number of chunks of a row."""
@@ -220,8 +219,6 @@ def resident_gemv_kernel(  # type: ignore[no-untyped-def]
     BYTE: tl.constexpr = 8 if KIND == "byte" else 16
     RUN_BITS: tl.constexpr = (32 if KIND == "half_pair" else BYTE) * (32 // GROUP)
     UNIT_BITS: tl.constexpr = RUN_BITS * RUNS
-    LOW_WORDS: tl.constexpr = BLOCKS * 8 * LOW
-    HIGH_WORDS: tl.constexpr = BLOCKS * 8 * HIGH
     tiles = (features + OUT - 1) // OUT
     step = tl.num_programs(0)
     tile = tl.program_id(0)
@@ -232,11 +229,6 @@ def resident_gemv_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        for i in tl.static_range(1, PREFETCH + 1):
-            row = weight_rows(tile + i * step, features, TILE, GATED)[:, None]
-            prefetch(low_ptr + row * LOW_WORDS, 0, LOW_WORDS, CHUNKS * 16)
-            if HIGH > 0:
-                prefetch(high_ptr + row * HIGH_WORDS, 0, HIGH_WORDS, CHUNKS * 16 * HIGH // LOW)
         tl.extra.cuda.gdc_wait()
 
     x0 = _load_run(parts_ptr, scale_ptr, sums_ptr, chunk, 0, RUNS, BLOCKS, OFFSET)

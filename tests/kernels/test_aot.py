@@ -30,6 +30,7 @@ KERNELS = {
     "_penalize_kernel",
     "_count_kernel",
     "_gather_kernel",
+    "plane_gemm_kernel",
     "_quantize_kernel",
     "_norm_quantize_kernel",
     "_expand_kernel",

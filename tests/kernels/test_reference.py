@@ -10,12 +10,25 @@ from torch import Tensor
 
 from squall.kernels.attention.paged import build_batch, paged_attention
 from squall.kernels.cases import ERROR_LIMITS, Case, all_cases, relative_error, results
+from squall.kernels.quant.base import gguf_formats
+from squall.kernels.quant.planes import Planes, dequantize
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Operators whose formulas are in a test file of their own.
+ELSEWHERE = {
+    "test_planes": "expand_planes plane_rows quantize_rows norm_quantize_rows plane_gemv "
+    "plane_gemv_add",
+    "test_sample": "sample_tokens sample_tokens_ penalize_ count_tokens_ gather_ids",
+}
+HERE = [
+    case
+    for case in all_cases()
+    if case.op._schema.name.removeprefix("squall::") not in " ".join(ELSEWHERE.values()).split()  # type: ignore[attr-defined]
+]
 ROWS = [
     pytest.param(case, dtype, id=f"{case.name}-{str(dtype).removeprefix('torch.')}")
-    for case in all_cases()
+    for case in HERE
     for dtype in DTYPES
     if dtype == torch.float32 or case.aot
 ]
@@ -124,10 +137,57 @@ def naive_paged_attention(
     return (out,)
 
 
+def naive_linear(
+    x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    y = x.double() @ w.double().t()
+    return ((y if bias is None else y + bias.double()).to(dtype),)
+
+
+def naive_norm_linear(
+    stream: Tensor,
+    norm: Tensor,
+    eps: float,
+    w: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    x = naive_rms_norm(stream, norm, eps, w.dtype)[0]
+    y = naive_linear(x, w, bias, torch.float64)[0]
+    gates = {"none": lambda y: (y,), "silu": naive_silu_mul, "gelu_tanh": naive_gelu_tanh_mul}
+    return (gates[activation](y)[0].to(dtype),)
+
+
+def naive_linear_add(
+    x: Tensor, w: Tensor, bias: Tensor | None, stream: Tensor
+) -> tuple[Tensor, ...]:
+    return ((stream + naive_linear(x, w, bias, torch.float64)[0]).float(),)
+
+
+def naive_plane_gemm(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *planes, kind, bias, activation, out = rest
+    weight = dequantize(Planes(gguf_formats()[kind], x.shape[1], *planes))
+    y = naive_linear(x, weight, bias, torch.float64)[0]
+    gates = {"none": lambda y: (y,), "silu": naive_silu_mul, "gelu_tanh": naive_gelu_tanh_mul}
+    return (gates[activation](y)[0].to(out.dtype),)
+
+
+def naive_plane_gemm_add(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *before, stream = rest
+    y = naive_plane_gemm(x, *before, "none", stream.double())[0]
+    return ((stream + y).float(),)
+
+
 NAIVE: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "squall::rms_norm": naive_rms_norm,
     "squall::rms_norm_add": naive_rms_norm_add,
     "squall::rope_store_kv": naive_rope_store_kv,
+    "squall::plane_gemm": naive_plane_gemm,
+    "squall::plane_gemm_add": naive_plane_gemm_add,
+    "squall::linear": naive_linear,
+    "squall::norm_linear": naive_norm_linear,
+    "squall::linear_add": naive_linear_add,
     "squall::silu_mul": naive_silu_mul,
     "squall::gelu_tanh_mul": naive_gelu_tanh_mul,
     "squall::gather_kv": naive_gather_kv,
@@ -137,7 +197,7 @@ NAIVE: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 
 
 def _bytes(x: Tensor) -> Tensor:
-    return x.reshape(-1).view(torch.uint8)
+    return x.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
 def _name(case: Case) -> str:
@@ -158,7 +218,7 @@ def test_op_and_reference_match_the_formula(case: Case, dtype: torch.dtype, chec
                 assert torch.equal(_bytes(now), _bytes(then)), f"argument {i} changed"
 
 
-@pytest.mark.parametrize("case", [c for c in all_cases() if c.interpret], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in HERE if c.interpret], ids=lambda c: c.name)
 def test_results_have_the_dtype_and_are_dense(case: Case) -> None:
     args = case.build(torch.float16, CPU)
     for got in results(case, case.op, args)[: None if not case.mutates else 0]:
@@ -166,7 +226,7 @@ def test_results_have_the_dtype_and_are_dense(case: Case) -> None:
         assert got.is_contiguous()
 
 
-FIRST = {_name(c): c for c in reversed(all_cases()) if c.interpret and c.aot}
+FIRST = {_name(c): c for c in reversed(HERE) if c.interpret and c.aot}
 
 
 @pytest.mark.parametrize("case", FIRST.values(), ids=FIRST)

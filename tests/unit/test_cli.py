@@ -147,7 +147,8 @@ def test_options_reach_the_engine(tmp_path: Path) -> None:
     template.write_text("x")
     flags = "-m some/model -f x.gguf --device cpu --dtype f32 --max-seq-len 99 --max-seqs 3 "
     flags += "--pa-gpu-mem 5 --pa-gpu-mem-usage .5 --pa-ctxt-len 64 --pa-blk-size 16 "
-    flags += f"--enforce-eager --token-source env:T --chat-template {template}"
+    flags += "--enforce-eager --attention-backend triton "
+    flags += f"--token-source env:T --chat-template {template}"
     args = cli.build_parser().parse_args(["serve", *flags.split()])
     assert cli.engine_options(args) == EngineOptions(
         model="some/model",
@@ -161,6 +162,7 @@ def test_options_reach_the_engine(tmp_path: Path) -> None:
         pa_ctxt_len=64,
         pa_blk_size=16,
         enforce_eager=True,
+        attention_backend="triton",
         token_source="env:T",
         chat_template=str(template),
     )
