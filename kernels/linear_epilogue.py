@@ -98,3 +98,56 @@ def prefetch(row_ptr, start, end, BYTES: tl.constexpr):  # type: ignore[no-untyp
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def finish_tile(  # type: ignore[no-untyped-def]
+    z,
+    bias_ptr,
+    y_ptr,
+    row,
+    rows,
+    features,
+    y_stride,
+    tile,
+    ACTIVATION: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Bias, activation and store of a finished tile ``z [weight rows, rows of x]``; ``row`` int64
+    are the rows of x, of which there are ``rows``."""
+    TILE: tl.constexpr = z.shape[0]
+    GATED: tl.constexpr = ACTIVATION != "none"
+    OUT: tl.constexpr = TILE // 2 if GATED else TILE
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + weight_rows(tile, features, TILE, GATED)).to(tl.float32)[:, None]
+    if GATED:
+        z, up = tl.split(z.reshape(2, OUT, z.shape[1]).permute(1, 2, 0))
+        z = gate(z, up, ACTIVATION)
+    feature = tile * OUT + tl.arange(0, OUT)
+    target = y_ptr + row[None, :] * y_stride + feature[:, None]
+    store(target, z, (row < rows)[None, :] & (feature < features)[:, None], ADD)
+
+
+@triton.jit
+def finish_row(  # type: ignore[no-untyped-def]
+    y,
+    tile,
+    tiles,
+    features,
+    bias_ptr,
+    y_ptr,
+    ACTIVATION: tl.constexpr,
+    ADD: tl.constexpr,
+):
+    """Bias, activation and store of the sums ``y [1, weight rows]`` of tile number ``tile``;
+    nothing is stored past the last of ``tiles``."""
+    TILE: tl.constexpr = y.shape[1]
+    GATED: tl.constexpr = ACTIVATION != "none"
+    OUT: tl.constexpr = TILE // 2 if GATED else TILE
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + weight_rows(tile, features, TILE, GATED)).to(tl.float32)[None, :]
+    if GATED:
+        z, up = tl.split(y.reshape(1, 2, OUT).permute(0, 2, 1))
+        y = gate(z, up, ACTIVATION)
+    feature = tile * OUT + tl.arange(0, OUT)[None, :]
+    store(y_ptr + feature, y, (feature < features) & (tile < tiles), ADD)

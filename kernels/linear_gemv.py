@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from squall.kernels.lang import next_power_of_2, tl, triton
-from squall.kernels.linear_epilogue import Epilogue, gate, store, weight_rows
+from squall.kernels.linear_epilogue import Epilogue, finish_row, weight_rows
 from squall.kernels.op import multiprocessors
 from squall.kernels.tuning import Config
 
@@ -58,32 +58,6 @@ def _load_rows(  # type: ignore[no-untyped-def]
     source = w_ptr + row[:, None] * w_stride + word[None, :]
     mask = inside[None, :] & (tile < tiles)
     return tl.load(source, mask=mask, other=0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _finish(  # type: ignore[no-untyped-def]
-    y,
-    tile,
-    tiles,
-    features,
-    factor,
-    bias_ptr,
-    y_ptr,
-    ACTIVATION: tl.constexpr,
-    ADD: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Scale, bias, activation and store of one tile's sums ``y`` [1, TILE]."""
-    GATED: tl.constexpr = ACTIVATION != "none"
-    OUT: tl.constexpr = TILE // 2 if GATED else TILE
-    y *= factor
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + weight_rows(tile, features, TILE, GATED)).to(tl.float32)[None, :]
-    if GATED:
-        z, up = tl.split(y.reshape(1, 2, OUT).permute(0, 2, 1))
-        y = gate(z, up, ACTIVATION)
-    feature = tile * OUT + tl.arange(0, OUT)[None, :]
-    store(y_ptr + feature, y, (feature < features) & (tile < tiles), ADD)
 
 
 @triton.jit(do_not_specialize=["features", "eps"])
@@ -130,13 +104,13 @@ def _gemv_kernel(  # type: ignore[no-untyped-def]
         second = _load_rows(
             w_ptr, tile + step, tiles, features, w_stride, word, inside, TILE, GATED
         )
-        y = _product(first, even, odd, BF16)
-        _finish(y, tile, tiles, features, factor, bias_ptr, y_ptr, ACTIVATION, ADD, TILE)
+        y = _product(first, even, odd, BF16) * factor
+        finish_row(y, tile, tiles, features, bias_ptr, y_ptr, ACTIVATION, ADD)
         first = _load_rows(
             w_ptr, tile + 2 * step, tiles, features, w_stride, word, inside, TILE, GATED
         )
-        y = _product(second, even, odd, BF16)
-        _finish(y, tile + step, tiles, features, factor, bias_ptr, y_ptr, ACTIVATION, ADD, TILE)
+        y = _product(second, even, odd, BF16) * factor
+        finish_row(y, tile + step, tiles, features, bias_ptr, y_ptr, ACTIVATION, ADD)
         tile += 2 * step
 
 

@@ -10,48 +10,18 @@ leave float32 partial sums in a workspace; the last to arrive, found by a counte
 their order, so results are reproducible. It also sets the counter back to zero.
 """
 
-import functools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from squall.kernels.counters import COUNT, counters
 from squall.kernels.lang import next_power_of_2, tl, triton
-from squall.kernels.linear_epilogue import Epilogue, gate, prefetch, store, weight_rows
+from squall.kernels.linear_epilogue import Epilogue, finish_tile, prefetch, weight_rows
 from squall.kernels.op import multiprocessors
 from squall.kernels.tuning import Config
 
 MAX_ROWS = 256
-MAX_TILES = 65536  # of products with split > 1
-
-
-@triton.jit
-def _finish(  # type: ignore[no-untyped-def]
-    z,
-    bias_ptr,
-    y_ptr,
-    rows,
-    features,
-    y_stride,
-    tile,
-    ACTIVATION: tl.constexpr,
-    ADD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """Epilogue of a finished tile ``z [BLOCK_N, BLOCK_M]``."""
-    GATED: tl.constexpr = ACTIVATION != "none"
-    OUT: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    if bias_ptr is not None:
-        w_row = weight_rows(tile, features, BLOCK_N, GATED)
-        z += tl.load(bias_ptr + w_row).to(tl.float32)[:, None]
-    if GATED:
-        z, up = tl.split(z.reshape(2, OUT, BLOCK_M).permute(1, 2, 0))
-        z = gate(z, up, ACTIVATION)
-    row = tl.arange(0, BLOCK_M).to(tl.int64)
-    feature = tile * OUT + tl.arange(0, OUT)
-    target = y_ptr + row[None, :] * y_stride + feature[:, None]
-    store(target, z, (row < rows)[None, :] & (feature < features)[:, None], ADD)
 
 
 @triton.jit(do_not_specialize=["rows", "features"])
@@ -108,9 +78,7 @@ def _skinny_kernel(  # type: ignore[no-untyped-def]
         z = tl.dot(w, x, z)
 
     if SPLIT == 1:
-        _finish(
-            z, bias_ptr, y_ptr, rows, features, y_stride, tile, ACTIVATION, ADD, BLOCK_N, BLOCK_M
-        )
+        finish_tile(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD)
     else:
         n = tl.arange(0, BLOCK_N)[:, None]
         m = tl.arange(0, BLOCK_M)[None, :]
@@ -122,29 +90,8 @@ def _skinny_kernel(  # type: ignore[no-untyped-def]
             z = tl.load(first, cache_modifier=".cg")
             for p in tl.static_range(1, SPLIT):
                 z += tl.load(first + p * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
-            _finish(
-                z,
-                bias_ptr,
-                y_ptr,
-                rows,
-                features,
-                y_stride,
-                tile,
-                ACTIVATION,
-                ADD,
-                BLOCK_N,
-                BLOCK_M,
-            )
+            finish_tile(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD)
             tl.store(counter_ptr + tile, 0)
-
-
-@functools.cache
-def _counters(device: torch.device) -> Tensor:
-    """Zeros, which every kernel leaves as it found them. Kernels of one device must not overlap:
-    they run on one stream."""
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    assert not captured, "run a product once before capturing it in a CUDA graph"
-    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
 
 
 def rule(features: int, k: int, gated: bool, device: torch.device) -> Config:
@@ -198,10 +145,10 @@ def skinny(x: Tensor, w: Tensor, epilogue: Epilogue, config: Config) -> None:
     block_m, block_n = max(8, next_power_of_2(x.shape[0])), config["block_n"]
     split, block_k, pdl = config["split"], config["block_k"], bool(config["pdl"])
     tiles = -(-epilogue.features // (block_n // 2 if epilogue.gated else block_n))
-    partial = counters = None
+    partial = arrivals = None
     if split > 1:
-        assert tiles <= MAX_TILES, f"{tiles} tiles in {split} parts"
-        counters = _counters(x.device)
+        assert tiles <= COUNT, f"{tiles} tiles in {split} parts"
+        arrivals = counters(x.device)
         partial = torch.empty(tiles * split * block_n * block_m, device=x.device)
     launch = {"launch_pdl": True} if pdl else {}
     _skinny_kernel[(tiles, split)](
@@ -210,7 +157,7 @@ def skinny(x: Tensor, w: Tensor, epilogue: Epilogue, config: Config) -> None:
         epilogue.bias,
         out,
         partial,
-        counters,
+        arrivals,
         x.shape[0],
         epilogue.features,
         k,

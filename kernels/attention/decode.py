@@ -12,18 +12,15 @@ any mix of context lengths, and programs without a part return at once. Argument
 Launches on one device must not overlap in time: they share the counters.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
 from squall.kernels.attention.fp8 import read, value_as
 from squall.kernels.attention.tile import dot_precision, nearest_keys, padded_dim, softcapped
+from squall.kernels.counters import COUNT, counters
 from squall.kernels.lang import next_power_of_2, tl, triton, wait_for_inputs
 from squall.kernels.op import dependent_launch, multiprocessors
 from squall.kernels.tuning import Config, tuned
-
-MAX_COUNTERS = 1 << 18
 
 
 @triton.jit
@@ -257,14 +254,6 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         tl.store(counter, 0)
 
 
-@functools.cache
-def _counters(device: torch.device) -> Tensor:
-    """Zeros, and zeros again after every launch. Made once: a graph replays no initialisation."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("decode attention must run once before a CUDA graph captures it")
-    return torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
-
-
 def _bucket(n: int) -> int:
     """1, 16, 64, 256, 1024, ...: sizes that are compiled, and tuned, together."""
     return 1 if n == 1 else max(16, 4 ** -(-(n - 1).bit_length() // 2))
@@ -315,12 +304,12 @@ def decode(
     slots = min(wanted, max(1, most))
     if sequences > 1:
         slots = sequences + max(1, min(wanted, sequences * (most - 1)))
-    assert sequences * programs <= MAX_COUNTERS, f"{sequences} sequences, {programs} programs each"
+    assert sequences * programs <= COUNT, f"{sequences} sequences, {programs} programs each"
     partial = torch.empty((slots, heads, dim), dtype=torch.float32, device=q.device)
     lse = torch.empty((slots, heads), dtype=torch.float32, device=q.device)
     pdl = dependent_launch(q.device)
     _decode_kernel[(slots * programs,)](
-        q, read(k_cache), read(v_cache), out, partial, lse, _counters(q.device), tables,
+        q, read(k_cache), read(v_cache), out, partial, lse, counters(q.device), tables,
         query_start, context_lens, lse if sinks is None else sinks, sequences, slots,
         tables.stride(0), q.stride(0), q.stride(1), scale, softcap,
         kv_heads, group, dim, block_dim, block_heads, merge_heads, merge_parts, block_size, batch,

@@ -17,7 +17,6 @@ leave float32 partial sums in a workspace; the last to arrive, found by a counte
 their order, so results are reproducible. It also sets the counter back to zero.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 
 from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.cases import BF16, Case, random
+from squall.kernels.counters import COUNT, counters
 from squall.kernels.lang import next_power_of_2, triton
 from squall.kernels.linear_epilogue import Epilogue
 from squall.kernels.op import dependent_launch, multiprocessors, op
@@ -40,7 +40,6 @@ from squall.kernels.quant.planes import random_planes as random_weights
 from squall.kernels.tuning import Config, Problem, Tunable, tuned
 
 MAX_ROWS = 256
-MAX_TILES = 65536  # of products with split > 1
 
 _Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # low, high, scales, supers
 
@@ -142,15 +141,6 @@ def candidates(plan: Layout, bucket: int, weights: int, k: int) -> Sequence[Conf
     return found
 
 
-@functools.cache
-def _counters(device: torch.device) -> Tensor:
-    """Zeros, which every kernel leaves as it found them. Kernels of one device must not overlap:
-    they run on one stream."""
-    captured = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    assert not captured, "run a product once before capturing it in a CUDA graph"
-    return torch.zeros(MAX_TILES, dtype=torch.int32, device=device)
-
-
 def _has_ptx(device: torch.device) -> bool:
     """NVIDIA's instructions: not in Triton's interpreter, not on other vendors' devices."""
     return device.type != "xpu" and torch.version.hip is None and not triton.knobs.runtime.interpret
@@ -191,10 +181,10 @@ def _gemm(
     block_m, block_n, block_k = config["block_m"], config["block_n"], config["block_k"]
     per_tile = block_n // 2 if epilogue.gated else block_n
     jobs = -(-epilogue.features // per_tile) * -(-rows // block_m)
-    split, partial, counters = config["split"], None, None
+    split, partial, arrivals = config["split"], None, None
     if split > 1:
-        assert jobs <= MAX_TILES, f"{jobs} tiles in {split} parts"
-        counters = _counters(x.device)
+        assert jobs <= COUNT, f"{jobs} tiles in {split} parts"
+        arrivals = counters(x.device)
         partial = torch.empty(jobs * split * block_n * block_m, device=x.device)
     pdl, ptx = dependent_launch(x.device), _has_ptx(x.device)
     limit = {"maxnreg": config["registers"]} if ptx else {}
@@ -211,7 +201,7 @@ def _gemm(
         epilogue.bias,
         epilogue.out,
         partial,
-        counters,
+        arrivals,
         *sizes,
         *numbers,
         GAIN,

@@ -13,7 +13,7 @@ planes in another layout and pass the finished weights through shared memory ins
 """
 
 from squall.kernels.lang import tl, triton, wait_for_inputs
-from squall.kernels.linear_epilogue import gate, store, weight_rows
+from squall.kernels.linear_epilogue import finish_tile, weight_rows
 from squall.kernels.quant.gemm_dequant import (
     run_scales,
     run_weights,
@@ -21,35 +21,6 @@ from squall.kernels.quant.gemm_dequant import (
     super_scales,
     two_runs,
 )
-
-
-@triton.jit
-def _finish(  # type: ignore[no-untyped-def]
-    z,
-    bias_ptr,
-    y_ptr,
-    row,
-    rows,
-    features,
-    y_stride,
-    tile,
-    ACTIVATION: tl.constexpr,
-    ADD: tl.constexpr,
-    GAIN: tl.constexpr,
-):
-    """Epilogue of a finished tile ``z [weight rows, row]``, GAIN times too large."""
-    GATED: tl.constexpr = ACTIVATION != "none"
-    OUT: tl.constexpr = z.shape[0] // 2 if GATED else z.shape[0]
-    z *= 1.0 / GAIN
-    if bias_ptr is not None:
-        w_row = weight_rows(tile, features, z.shape[0], GATED)
-        z += tl.load(bias_ptr + w_row).to(tl.float32)[:, None]
-    if GATED:
-        z, up = tl.split(z.reshape(2, OUT, z.shape[1]).permute(1, 2, 0))
-        z = gate(z, up, ACTIVATION)
-    feature = tile * OUT + tl.arange(0, OUT)
-    target = y_ptr + row[None, :] * y_stride + feature[:, None]
-    store(target, z, (row < rows)[None, :] & (feature < features)[:, None], ADD)
 
 
 @triton.jit(do_not_specialize=["rows", "features", "units"])
@@ -192,7 +163,8 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
             z = tl.inline_asm_elementwise("", "=f,0", [z], tl.float32, is_pure=True, pack=1)
 
     if SPLIT == 1:
-        _finish(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD, GAIN)
+        z *= 1.0 / GAIN
+        finish_tile(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD)
     else:
         n = tl.arange(0, BLOCK_N)[:, None]
         m = tl.arange(0, BLOCK_M)[None, :]
@@ -204,5 +176,6 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
             z = tl.load(parts, cache_modifier=".cg")
             for s in tl.static_range(1, SPLIT):
                 z += tl.load(parts + s * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
-            _finish(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD, GAIN)
+            z *= 1.0 / GAIN
+            finish_tile(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD)
             tl.store(counter_ptr + job, 0)

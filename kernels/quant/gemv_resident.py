@@ -8,7 +8,7 @@ before is worked on.
 """
 
 from squall.kernels.lang import tl, triton
-from squall.kernels.linear_epilogue import gate, store, weight_rows
+from squall.kernels.linear_epilogue import finish_row, weight_rows
 from squall.kernels.quant.gemv_kernel import _dot, _half, _run_quants, _run_scales, _word
 
 
@@ -162,30 +162,6 @@ def _tile_sums(  # type: ignore[no-untyped-def]
     return tl.sum(total.reshape(1, low.shape[1], low.shape[2]), axis=2)
 
 
-@triton.jit
-def _finish(  # type: ignore[no-untyped-def]
-    y,
-    tile,
-    tiles,
-    features,
-    bias_ptr,
-    y_ptr,
-    ACTIVATION: tl.constexpr,
-    ADD: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Bias, activation and store of one tile's sums ``y`` [1, TILE]."""
-    GATED: tl.constexpr = ACTIVATION != "none"
-    OUT: tl.constexpr = TILE // 2 if GATED else TILE
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + weight_rows(tile, features, TILE, GATED)).to(tl.float32)[None, :]
-    if GATED:
-        z, up = tl.split(y.reshape(1, 2, OUT).permute(0, 2, 1))
-        y = gate(z, up, ACTIVATION)
-    feature = tile * OUT + tl.arange(0, OUT)[None, :]
-    store(y_ptr + feature, y, (feature < features) & (tile < tiles), ADD)
-
-
 @triton.jit(do_not_specialize=["features"])
 def resident_gemv_kernel(  # type: ignore[no-untyped-def]
     parts_ptr,
@@ -249,7 +225,7 @@ def resident_gemv_kernel(  # type: ignore[no-untyped-def]
             low_1, high_1, scales_1, supers_1, chunk, x0, x1, x2, x3,
             LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, DP4A,
         )  # fmt: skip
-        _finish(y, tile, tiles, features, bias_ptr, y_ptr, ACTIVATION, ADD, TILE)
+        finish_row(y, tile, tiles, features, bias_ptr, y_ptr, ACTIVATION, ADD)
         low_1, high_1, scales_1, supers_1 = _load_tile(
             low_ptr, high_ptr, scales_ptr, supers_ptr, tile + 2 * step, tiles, features, chunk,
             BLOCKS, LOW, HIGH, UNIT_BITS, TILE, GATED,
@@ -258,5 +234,5 @@ def resident_gemv_kernel(  # type: ignore[no-untyped-def]
             low_2, high_2, scales_2, supers_2, chunk, x0, x1, x2, x3,
             LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, DP4A,
         )  # fmt: skip
-        _finish(y, tile + step, tiles, features, bias_ptr, y_ptr, ACTIVATION, ADD, TILE)
+        finish_row(y, tile + step, tiles, features, bias_ptr, y_ptr, ACTIVATION, ADD)
         tile += 2 * step

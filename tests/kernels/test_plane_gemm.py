@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from squall.kernels.cases import ERROR_LIMITS, relative_error
+from squall.kernels.counters import counters
 from squall.kernels.linear_epilogue import Epilogue
 from squall.kernels.quant import gemm
 from squall.kernels.quant.base import gguf_formats
@@ -75,7 +76,7 @@ def test_every_candidate_gives_the_same_product(name: str, bucket: int) -> None:
             gemm._gemm(x, planes.tensors, entry.ggml_type, Epilogue(out), config)
         assert relative_error(first, want) <= ERROR_LIMITS[torch.float16], config
         assert torch.equal(first, second), config
-        assert not gemm._counters(device).any(), config
+        assert not counters(device).any(), config
 
 
 @pytest.mark.gpu
