@@ -115,7 +115,7 @@ def rule(plan: Layout, bucket: int, weights: int, k: int, device: torch.device) 
     """Launch parameters where no table has the problem: two programs a multiprocessor, with at
     least 512 columns of the ``weights`` rows each. Four
     warps waste fewer instructions than eight, but 128 rows of x leave them too few registers."""
-    tile = (min(bucket, 128), 128, 128 if bucket <= 64 else 64)
+    tile = min(bucket, 128), 128, 128
     wanted = 2 * multiprocessors(device) // _tiles(bucket, weights, tile)
     return _config(plan, tile, max(1, min(wanted, k // 512, 8)), 4 if bucket <= 64 else 8)
 
