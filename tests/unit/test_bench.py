@@ -7,12 +7,13 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from squall.bench import peers, run, startup
+from squall.bench import peers, run, startup, suite
 from squall.bench.cases import CASES, case_config, weight_shapes
 from squall.bench.kernels import measure as measure_kernels
 from squall.bench.kernels import table as kernels_table
@@ -345,3 +346,29 @@ def test_every_recipe_builds_a_model_on_the_cpu(tiny: DecoderConfig) -> None:
     for recipe in RECIPES:
         spec = Spec(case="tiny", quant=recipe, options=EngineOptions(device="cpu"))
         assert random_model(spec, CPU).nbytes > 0
+
+
+def test_the_suite_runs_what_is_missing_and_keeps_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "RUNS", {"smollm2-135m q4_1": "--batch 1", "smollm2-135m": "none"})
+    monkeypatch.setattr(suite, "describe", lambda device: {"commit": "c1"})
+    out = tmp_path / "all.json"
+    there = {"commit": "c1", "rows": []}
+    out.write_text(json.dumps({"runs": {"smollm2-135m": there}}))
+    commands = []
+
+    def fake(command: list[str], timeout: float, check: bool) -> SimpleNamespace:
+        commands.append(command)
+        Path(command[-1]).write_text(json.dumps({"commit": "c1", "rows": [1]}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(suite.subprocess, "run", fake)
+    assert suite.run_suite(out, "cpu", 100.0) == 0
+    (command,) = commands
+    assert command[2:6] == ["--case", "smollm2-135m", "--quant", "q4_1"]
+    runs = json.loads(out.read_text())["runs"]
+    assert runs == {"smollm2-135m": there, "smollm2-135m q4_1": {"commit": "c1", "rows": [1]}}
+    assert suite.run_suite(out, "cpu", 100.0) == 0
+    assert len(commands) == 1
+    assert suite.pending(runs, "c2") == ["smollm2-135m q4_1", "smollm2-135m"]
