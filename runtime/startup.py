@@ -121,6 +121,7 @@ def _build(
     config = checkpoint.config()
     dtype = model_dtype(options.dtype, device, checkpoint)
     check_length(options, config.max_position)
+    choose_attention(config, dtype, options)  # a wrong choice is told before anything is loaded
     longest = options.max_seq_len or config.max_position
     model = checkpoint.decoder(device, dtype, longest, progress)
     engine, plan, facts = start_engine(model, options, progress)
@@ -149,8 +150,10 @@ def start_engine(
     Raises OptionError, KVMemoryError.
     """
     check_options(options)
-    choose_attention(model, options)
     config = model.config
+    attend = choose_attention(config, model.dtype, options)
+    if attend is not None:
+        model.use_attention(attend)
     facts = _measure(model, options)
     token_bytes = config.kv_bytes_per_token(model.dtype.itemsize)
     plan = plan_kv(options, facts, token_bytes, config.max_position)

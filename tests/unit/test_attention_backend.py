@@ -1,0 +1,39 @@
+"""The attention backend a user asks for."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from squall.kernels.attention import xformers_backend
+from squall.kernels.attention.paged import paged_attention
+from squall.models.config import LayerConfig
+from squall.runtime.attention import choose_attention
+from squall.runtime.memory import OptionError
+from squall.runtime.options import EngineOptions
+
+
+def chosen(name: str, window: int = 0) -> Any:
+    config: Any = SimpleNamespace(
+        layers=(LayerConfig(), LayerConfig(window)), attention_softcap=0.0, head_dim=64
+    )
+    return choose_attention(config, torch.bfloat16, EngineOptions(attention_backend=name))
+
+
+def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xformers_backend, "probe", lambda: None)
+    assert chosen("auto") is None
+    assert chosen("triton") is paged_attention
+    assert chosen("xformers") is xformers_backend.paged_attention
+
+
+def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match="'flash' is not known; accepted: auto, triton, xformers"):
+        chosen("flash")
+    monkeypatch.setattr(xformers_backend, "probe", lambda: "xformers is not installed")
+    with pytest.raises(OptionError, match="xformers is not installed; accepted here: auto, triton"):
+        chosen("xformers")
+    monkeypatch.setattr(xformers_backend, "probe", lambda: None)
+    with pytest.raises(OptionError, match="has no window; accepted here"):
+        chosen("xformers", window=9)
