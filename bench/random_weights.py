@@ -159,7 +159,7 @@ class QuantisedWeights(RandomWeights):
         entry, generator = _format(chosen), self._generator
         if self.device.type in ("cuda", "xpu"):
             planes = random_planes(entry, out_features, in_features, self.device, generator)
-            return PlaneWeight(planes)
+            return PlaneWeight(planes, self.dtype)
         return BlockWeight(entry, random_blocks(entry, out_features, in_features, generator))
 
 

@@ -95,7 +95,7 @@ def _float_product(x: Tensor, w: Tensor) -> Tensor:
     return y
 
 
-def _blas(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def blas(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``linear`` by the vendor's library."""
     if dtype == w.dtype or not x.is_cuda:
         return linear_reference(x, w, bias, dtype)
@@ -103,15 +103,17 @@ def _blas(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tens
     return y if bias is None else y.add_(bias)
 
 
-def _blas_add(x: Tensor, w: Tensor, bias: Tensor | None, stream: Tensor) -> None:
+def blas_add(x: Tensor, w: Tensor, bias: Tensor | None, stream: Tensor) -> None:
     """``linear_add`` by the vendor's library, the addition in its epilogue."""
-    # Before 2.10, torch wants the addend in the dtype of the factors.
-    if w.dtype == torch.float32 or not x.is_cuda or torch.__version__ < "2.10":
-        return linear_add_reference(x, w, bias, stream)
-    torch.addmm(stream, x, w.t(), out_dtype=torch.float32, out=stream)
+    if w.dtype == torch.float32 or not x.is_cuda:
+        linear_add_reference(x, w, bias, stream)
+        return
+    if torch.__version__ < "2.10":  # it wants the addend in the dtype of the factors
+        stream.add_(torch.mm(x, w.t(), out_dtype=torch.float32))
+    else:
+        torch.addmm(stream, x, w.t(), out_dtype=torch.float32, out=stream)
     if bias is not None:
         stream.add_(bias)
-    return None
 
 
 def _bucket(rows: int) -> int:
@@ -129,7 +131,8 @@ def _choose(rows: int, w: Tensor, gated: bool) -> Config:
     if w.dtype == torch.float32 or bucket > linear_skinny.MAX_ROWS:
         return _CUBLAS
     found = tuned("linear", _key(n, k, bucket), w.device)
-    if found is not None:
+    # The table does not say what a weight is for: a tile of one row has no gate and up.
+    if found is not None and not (gated and found.get("rows", 2) < 2):
         return found
     if rows == 1 and linear_gemv.supports(w):
         return linear_gemv.rule(k)
@@ -142,7 +145,7 @@ def _linear(
     x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype, config: Config
 ) -> Tensor:
     if "cublas" in config:
-        return _blas(x, w, bias, dtype)
+        return blas(x, w, bias, dtype)
     y = torch.empty((x.shape[0], w.shape[0]), dtype=dtype, device=x.device)
     run = linear_gemv.gemv if "gemv" in config else linear_skinny.skinny
     run(x, w, Epilogue(y, bias), config)
@@ -162,7 +165,7 @@ def _norm_linear(
     if "gemv" not in config:
         x = rms_norm_launcher(stream, norm, eps, w.dtype)
         if "cublas" in config:
-            return _GATES[activation](_blas(x, w, bias, dtype))
+            return _GATES[activation](blas(x, w, bias, dtype))
     features = w.shape[0] if activation == "none" else w.shape[0] // 2
     y = torch.empty((stream.shape[0], features), dtype=dtype, device=stream.device)
     epilogue = Epilogue(y, bias, activation)
@@ -175,7 +178,7 @@ def _norm_linear(
 
 def _linear_add(x: Tensor, w: Tensor, bias: Tensor | None, stream: Tensor, config: Config) -> None:
     if "cublas" in config:
-        _blas_add(x, w, bias, stream)
+        blas_add(x, w, bias, stream)
         return
     run = linear_gemv.gemv if "gemv" in config else linear_skinny.skinny
     run(x, w, Epilogue(stream, bias, add=True), config)

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 
 from squall.kernels.backends import device as backends
+from squall.kernels.lang import triton
 
 NAMESPACE = "squall"
 # FRAGMENT and not DEF: a second copy of this module in one process must not fail.
@@ -107,3 +108,9 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
     if device.type != "cuda" or torch.version.hip:
         return {}
     return {"launch_pdl": True} if torch.cuda.get_device_capability(device) >= (9, 0) else {}
+
+
+def has_ptx(device: torch.device) -> bool:
+    """Whether kernels may use NVIDIA's instructions: not in Triton's interpreter, not on other
+    vendors' devices."""
+    return device.type != "xpu" and torch.version.hip is None and not triton.knobs.runtime.interpret

@@ -195,10 +195,11 @@ def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y.add_(bias)
 
 
-def place(weight: BlockWeight) -> Weight:
-    """The form in which a weight that was just put on its device is kept there."""
+def place(weight: BlockWeight, dtype: torch.dtype) -> Weight:
+    """The form in which a weight that was just put on its device is kept there; ``dtype`` is the
+    model's."""
     if weight.raw.device.type in ("cuda", "xpu"):
-        return PlaneWeight(pack(weight.format, weight.raw))
+        return PlaneWeight(pack(weight.format, weight.raw), dtype)
     return weight
 
 
@@ -226,5 +227,6 @@ def _merge_planes(weights: Sequence[PlaneWeight]) -> Weight:
             runs[-1].append(weight)
         else:
             runs.append([weight])
-    merged = tuple(PlaneWeight(concat([w.planes for w in run])) for run in runs)
+    dtype = weights[0].dtype
+    merged = tuple(PlaneWeight(concat([w.planes for w in run]), dtype) for run in runs)
     return merged[0] if len(merged) == 1 else PlaneStack(merged)

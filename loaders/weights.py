@@ -115,7 +115,7 @@ class GGUFWeights(_FileWeights):
         rows = self._rows(name, (out_features, in_features))
         form = self._file.tensors[self._names.gguf_name(name)].format
         if form.dtype is None:
-            return place(BlockWeight(form, self._place(rows, torch.uint8)))
+            return place(BlockWeight(form, self._place(rows, torch.uint8)), self.dtype)
         return DenseWeight(self._place(rows, self.dtype))
 
     def finish(self) -> None:

@@ -13,9 +13,9 @@ BACKENDS = ("auto", "triton", "xformers")
 
 
 def choose_attention(
-    config: DecoderConfig, dtype: torch.dtype, options: EngineOptions
+    config: DecoderConfig, dtype: torch.dtype, device: torch.device, options: EngineOptions
 ) -> Attend | None:
-    """What a model of this config and dtype is to compute attention with; None: its own choice.
+    """What a model on ``device`` is to compute attention with; None: its own choice.
 
     OptionError when the backend of ``options`` cannot be used.
     """
@@ -26,7 +26,8 @@ def choose_attention(
     if name == "triton":
         return paged_attention
     if name == "xformers":
-        reason = xformers_backend.probe() or _refusal(config, dtype, options)
+        reason = f"it needs a CUDA GPU, not {device}" if device.type != "cuda" else None
+        reason = reason or xformers_backend.probe() or _refusal(config, dtype, options)
         if reason is not None:
             accepted = "accepted here: auto, triton"
             raise OptionError(f"--attention-backend xformers: {reason}; {accepted}")

@@ -1,6 +1,6 @@
 """The engine: requests in, one model step at a time, token events out.
 
-On a GPU the host runs one step ahead: a step is planned and launched while the one before it is
+With CUDA the host runs one step ahead: a step is planned and launched while the one before it is
 still computing, and only then are that one's tokens booked.
 """
 

@@ -6,6 +6,8 @@ when a batch first needs them or while the engine is idle, so that serving start
 """
 
 import gc
+import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +17,11 @@ from torch import Tensor
 
 from squall.loaders.progress import Progress
 
+log = logging.getLogger(__name__)
+
 Step = Callable[[int], Tensor]  # batch size -> logits; writes the sampled ids into their buffer
+
+_CAPTURING = threading.Lock()  # torch can capture one graph at a time in a process
 
 AT_START = 8  # sizes up to this are captured before the first request
 
@@ -23,9 +29,9 @@ AT_START = 8  # sizes up to this are captured before the first request
 def graph_sizes(max_seqs: int) -> tuple[int, ...]:
     """Batch sizes worth a graph of their own, ascending; the last one is ``max_seqs``.
 
-    Small batches pad little, large ones by at most 8 rows in 64.
+    Of 8 rows and more, at most a quarter are padding, or 7 rows.
     """
-    sizes = {1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, 513, 32), max_seqs}
+    sizes = {1, 2, 4, *range(8, 65, 8), *range(80, 129, 16), *range(160, max_seqs, 32), max_seqs}
     return tuple(sorted(size for size in sizes if size <= max_seqs))
 
 
@@ -49,6 +55,7 @@ class DecodeGraphs:
         self._sizes = sizes
         self._device = device
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._logits: dict[int, Tensor] = {}
 
@@ -59,13 +66,19 @@ class DecodeGraphs:
     def run(self, size: int) -> Tensor:
         """Run the step of ``size`` rows; its logits [size, vocab], valid until the next run.
 
-        The first time, it runs as it is and is captured afterwards.
+        The first time, it runs as it is and is captured afterwards. A size whose capture fails
+        (memory for it is not reserved) is not tried again.
         """
         if size in self._graphs:
             self._graphs[size].replay()
             return self._logits[size]
         logits = self._step(size)  # compiles and loads the kernels, which a capture must not
-        self._capture(size)
+        try:
+            with _CAPTURING:
+                self._capture(size)
+        except Exception as error:
+            log.warning("decode steps of %d rows run without a CUDA graph: %s", size, error)
+            self._sizes = tuple(other for other in self._sizes if other != size)
         return logits
 
     def missing(self, limit: int | None = None) -> tuple[int, ...]:
@@ -83,11 +96,14 @@ class DecodeGraphs:
 
     def _capture(self, size: int) -> None:
         torch.cuda.synchronize(self._device)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         graph = torch.cuda.CUDAGraph()
+        how: Any = {"pool": self._pool, "stream": self._stream}
         with (
             _no_collection(),
             torch.cuda.device(self._device),
-            torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, capture_error_mode="thread_local", **how),
         ):
             logits = self._step(size)
         self._pool = graph.pool()

@@ -71,6 +71,23 @@ class DecodeInputs:
         for name, value in _IDLE.items():
             self.fields.views[name].fill_(value)
 
+    def arrange(self, sequences: Rows[Sequence]) -> list[int]:
+        """An order of ``sequences`` in which those that have a row keep it, so that when one leaves
+        only the last ones move: rows that move have their whole block table sent."""
+        count = len(sequences)
+        rows = {owner: row for row, (owner, _) in enumerate(self._held[:count])}
+        order, late = [-1] * count, []
+        for i, seq in enumerate(sequences):
+            row = rows.get((seq.arrival, seq.preemptions))
+            if row is None:
+                late.append(i)
+            else:
+                order[row] = i
+        for row in range(count):
+            if order[row] < 0:
+                order[row] = late.pop()
+        return order
+
     def fill(self, chunks: Rows[Chunk], rows: Rows[SampleRow], size: int) -> None:
         """Upload one decode step of ``chunks``, padded to ``size`` rows."""
         host = self._next_staging()

@@ -77,5 +77,5 @@ def _upload(arrays: Rows[np.ndarray], device: torch.device) -> list[Tensor]:
     sizes = [array.size for array in arrays]
     host = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
     np.concatenate([a.ravel() for a in arrays], out=host.numpy(), casting="unsafe")
-    parts = host.to(device, non_blocking=True).split_with_sizes(sizes)
+    parts = host.to(device, non_blocking=device.type == "cuda").split_with_sizes(sizes)
     return [part.view(a.shape) for part, a in zip(parts, arrays, strict=True)]

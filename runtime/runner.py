@@ -83,6 +83,10 @@ class Runner:
         sampling = tuple(chunk for chunk in chunks if chunk.samples)
         on_device = self._asynchronous and all(row.on_device for row in rows)
         size = self._graph_size(chunks, sampling)
+        if size is not None:
+            order = self._inputs.arrange([chunk.seq for chunk in chunks])
+            chunks = sampling = tuple(chunks[i] for i in order)
+            rows = [rows[i] for i in order]
         if size is None:
             batch = pack(chunks, self.limits.block_size, self._sampled)
             logits = self.model(batch, self.cache)

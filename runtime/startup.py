@@ -20,6 +20,7 @@ from squall.runtime.client import ProcessEngine, ThreadEngine
 from squall.runtime.engine import Engine, probe_batch
 from squall.runtime.frontend import Frontend
 from squall.runtime.memory import (
+    KVMemoryError,
     KVPlan,
     MemoryFacts,
     OptionError,
@@ -121,7 +122,7 @@ def _build(
     config = checkpoint.config()
     dtype = model_dtype(options.dtype, device, checkpoint)
     check_length(options, config.max_position)
-    choose_attention(config, dtype, options)  # a wrong choice is told before anything is loaded
+    choose_attention(config, dtype, device, options)  # tells a wrong choice before loading
     longest = options.max_seq_len or config.max_position
     model = checkpoint.decoder(device, dtype, longest, progress)
     engine, plan, facts = start_engine(model, options, progress)
@@ -151,7 +152,7 @@ def start_engine(
     """
     check_options(options)
     config = model.config
-    attend = choose_attention(config, model.dtype, options)
+    attend = choose_attention(config, model.dtype, model.device, options)
     if attend is not None:
         model.use_attention(attend)
     facts = _measure(model, options)
@@ -185,7 +186,9 @@ def _measure(model: Decoder, options: EngineOptions) -> MemoryFacts:
     """Memory as it is with the weights loaded, and the peak of the largest legal step."""
     backend = backend_of(model.device)
     lazy = model.device.type == "cpu"
-    tokens = token_budget(options, backend.memory(model.device)[1], lazy)
+    longest = options.max_seq_len or model.config.max_position
+    budget = token_budget(options, backend.memory(model.device)[1], lazy)
+    tokens = min(budget, options.max_seqs * longest)
     on_cpu = model.device.type in ("cpu", "mps")
     activations = (
         _estimate_activations(model.config, tokens, options.max_seqs, model.dtype.itemsize)
@@ -204,9 +207,15 @@ def _probe_activations(model: Decoder, tokens: int, options: EngineOptions) -> i
     before = module.memory_allocated(model.device)
     module.reset_peak_memory_stats(model.device)
     batch = probe_batch(model, tokens, options.max_seqs, options.pa_blk_size)
-    logits = model(batch, cache)
     vocab_size = model.config.vocab_size
-    Sampler(vocab_size, model.device).sample(logits, demanding_rows(len(logits), vocab_size))
+    try:
+        logits = model(batch, cache)
+        Sampler(vocab_size, model.device).sample(logits, demanding_rows(len(logits), vocab_size))
+    except torch.OutOfMemoryError as error:
+        raise KVMemoryError(
+            f"a step of {tokens} tokens does not fit on {model.device} beside "
+            f"{model.nbytes / 2**30:.2f} GiB of weights; use a smaller --max-seqs and --max-seq-len"
+        ) from error
     peak = module.max_memory_allocated(model.device) - before
     del logits, batch, cache
     module.empty_cache()

@@ -30,6 +30,7 @@ from squall.kernels.op import op
 # Below this many tokens a prompt's launches (gather, cuDNN, copy) should cost more than they save:
 # an estimate, half the shortest prompt that was measured.
 DENSE_FROM = 1024
+DENSE_STEP = 256  # tokens: lengths are padded to a multiple of it
 
 
 def prefill_attention_reference(
@@ -119,13 +120,20 @@ def prefill_attention_launcher(
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Attention of a whole sequence, ``[n, H, D]`` and ``[n, KV, D]`` to ``[n, H, D]``."""
+    """Attention of a whole sequence, ``[n, H, D]`` and ``[n, KV, D]`` to ``[n, H, D]``.
+
+    cuDNN makes a plan for every length it sees, which takes tens of milliseconds: prompts are
+    padded to a length that others share. What is padded comes last, where no query sees it.
+    """
+    length = q.shape[0]
+    if length % DENSE_STEP:
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -length % DENSE_STEP)) for x in (q, k, v))
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         y = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    return y.squeeze(0).transpose(0, 1)
+    return y.squeeze(0).transpose(0, 1)[:length]
 
 
 prefill_attention = op(

@@ -29,9 +29,9 @@ from torch.nn import functional as F
 from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.cases import BF16, Case, random
 from squall.kernels.counters import COUNT, counters
-from squall.kernels.lang import next_power_of_2, triton
+from squall.kernels.lang import next_power_of_2
 from squall.kernels.linear_epilogue import Epilogue
-from squall.kernels.op import dependent_launch, multiprocessors, op
+from squall.kernels.op import dependent_launch, has_ptx, multiprocessors, op
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.gemm_dequant import GAIN
 from squall.kernels.quant.gemm_kernel import plane_gemm_kernel
@@ -141,11 +141,6 @@ def candidates(plan: Layout, bucket: int, weights: int, k: int) -> Sequence[Conf
     return found
 
 
-def _has_ptx(device: torch.device) -> bool:
-    """NVIDIA's instructions: not in Triton's interpreter, not on other vendors' devices."""
-    return device.type != "xpu" and torch.version.hip is None and not triton.knobs.runtime.interpret
-
-
 def _as_words(scales: Tensor) -> Tensor:
     """Scales as a flat row of int32; an odd float16 at the end gets a neighbour."""
     flat = scales.view(-1)
@@ -186,7 +181,7 @@ def _gemm(
         assert jobs <= COUNT, f"{jobs} tiles in {split} parts"
         arrivals = counters(x.device)
         partial = torch.empty(jobs * split * block_n * block_m, device=x.device)
-    pdl, ptx = dependent_launch(x.device), _has_ptx(x.device)
+    pdl, ptx = dependent_launch(x.device), has_ptx(x.device)
     limit = {"maxnreg": config["registers"]} if ptx else {}
     words = None if high is None else high.view(torch.int16)
     super_words = None if supers is None else _as_words(supers)

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.cases import BF16, BOTH, Case, random
-from squall.kernels.lang import next_power_of_2, triton
-from squall.kernels.op import dependent_launch, multiprocessors, op
+from squall.kernels.lang import next_power_of_2
+from squall.kernels.op import dependent_launch, has_ptx, multiprocessors, op
 from squall.kernels.quant.activations import quantize_rows, quantize_rows_reference, restore
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.gemv_kernel import plane_gemv_kernel
@@ -117,11 +117,6 @@ def _resident_candidates(chunks: int) -> Iterator[Config]:
                     yield {"rows": rows, "warps": warps, "programs": programs}
 
 
-def _has_dp4a(device: torch.device) -> bool:
-    """NVIDIA's instruction: not in Triton's interpreter, not on other vendors' devices."""
-    return device.type != "xpu" and torch.version.hip is None and not triton.knobs.runtime.interpret
-
-
 def _as_words(scales: Tensor, bits: int) -> Tensor:
     """Scales as the kernel loads them: ``[N, words]`` of 16 or 32 bits."""
     return scales.view(scales.shape[0], -1).view(torch.int16 if bits == 16 else torch.int32)
@@ -174,12 +169,12 @@ def _gemv(
         programs = min(tiles, config["programs"] * multiprocessors(low.device))
         resident_gemv_kernel[(programs,)](
             *tensors, features, k // 256, next_power_of_2(chunks), *form, activation, add, tile,
-            _has_dp4a(low.device), bool(pdl), num_warps=warps, **pdl,
+            has_ptx(low.device), bool(pdl), num_warps=warps, **pdl,
         )  # fmt: skip
         return
     plane_gemv_kernel[(-(-features // (tile // 2 if gated else tile)),)](
         *tensors, rows, features, out.stride(0), k // 256, *form, activation, add, bucket, tile,
-        32 * warps, _has_dp4a(low.device), bool(pdl), num_warps=warps, **pdl,
+        32 * warps, has_ptx(low.device), bool(pdl), num_warps=warps, **pdl,
     )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.lang import next_power_of_2
-from squall.kernels.linear import linear, linear_add
+from squall.kernels.linear import blas, blas_add
 from squall.kernels.quant import gemm, gemv
 from squall.kernels.quant.activations import Quantized, norm_quantize_rows, quantize_rows
 from squall.kernels.quant.base import gguf_formats
@@ -70,9 +70,10 @@ class _Input:
 
 @dataclass(frozen=True)
 class PlaneWeight:
-    """One matrix in planes."""
+    """One matrix in planes; normalised activations are rounded to ``dtype``, the model's."""
 
     planes: Planes
+    dtype: torch.dtype
 
     @property
     def out_features(self) -> int:
@@ -102,7 +103,7 @@ class PlaneWeight:
         dtype: torch.dtype,
     ) -> Tensor:
         """``act(rms_norm(stream) W^T + bias)`` of ``dtype``: ``[M, N]``, or ``[M, N / 2]``."""
-        x = _Input(stream, dtype, norm, eps)
+        x = _Input(stream, self.dtype, norm, eps)
         fused = self._way(x) != "blas"
         features = self.out_features // (2 if fused and activation != "none" else 1)
         y = stream.new_empty((x.rows, features), dtype=dtype)
@@ -151,7 +152,7 @@ class PlaneWeight:
             gemm.plane_gemm_add(x.dense, *self.planes.tensors, kind, bias, stream)
         else:
             for part, weight in self._expanded(x.dense.dtype):
-                linear_add(x.dense, weight, None if bias is None else bias[part], stream[:, part])
+                blas_add(x.dense, weight, None if bias is None else bias[part], stream[:, part])
 
     def _way(self, x: _Input) -> str:
         """The way that the table names, or else the first possible one."""
@@ -175,7 +176,7 @@ class PlaneWeight:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """``out = x weight^T + bias`` by the vendor's library; rows of ``out`` may be strided."""
     if out.dtype != x.dtype:
-        out.copy_(linear(x, weight, bias, out.dtype))
+        out.copy_(blas(x, weight, bias, out.dtype))
     elif bias is None:
         torch.mm(x, weight.t(), out=out)
     else:
@@ -217,7 +218,8 @@ class PlaneStack:
         dtype: torch.dtype,
     ) -> Tensor:
         """As :meth:`PlaneWeight.norm_linear`."""
-        y = self._multiply(_Input(stream, dtype, norm, eps), bias, stream, dtype)
+        x = _Input(stream, self.parts[0].dtype, norm, eps)
+        y = self._multiply(x, bias, stream, dtype)
         return ACTIVATIONS[activation](y)
 
     def linear_add(self, x: Tensor, bias: Tensor | None, stream: Tensor) -> None:
@@ -253,7 +255,7 @@ def _runner(
     entry, generator = gguf_formats()[ggml_type], torch.Generator(device).manual_seed(0)
     first = random_planes(entry, n, k, device, generator)
     copies = [replace(first, low=first.low.clone()) for _ in range((256 << 20) // first.nbytes)]
-    weights = cycle([PlaneWeight(planes) for planes in (first, *copies)])
+    weights = cycle([PlaneWeight(planes, torch.bfloat16) for planes in (first, *copies)])
     stream, norm = torch.randn((rows, k), device=device), torch.ones(k, device=device)
     x = stream.bfloat16()
     add, gated = n <= k, 4 * k <= n <= 65536

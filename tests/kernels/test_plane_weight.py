@@ -18,13 +18,16 @@ FORMATS = {e.name: e for e in gguf_formats().values() if e.unpack is not None}
 ROWS = (0, 1, 8, 9, gemm.MAX_ROWS, gemm.MAX_ROWS + 1)
 
 
-def weight_of(name: str, n: int, k: int, seed: int = 0) -> PlaneWeight:
+def weight_of(
+    name: str, n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> PlaneWeight:
     generator = torch.Generator().manual_seed(seed)
-    return PlaneWeight(random_planes(FORMATS[name], n, k, CPU, generator))
+    return PlaneWeight(random_planes(FORMATS[name], n, k, CPU, generator), dtype)
 
 
-def stack_of(k: int = 512) -> PlaneStack:
-    return PlaneStack((weight_of("Q4_K", 24, k, 1), weight_of("Q6_K", 8, k, 2)))
+def stack_of(dtype: torch.dtype = torch.float32) -> PlaneStack:
+    parts = weight_of("Q4_K", 24, 512, 1, dtype), weight_of("Q6_K", 8, 512, 2, dtype)
+    return PlaneStack(parts)
 
 
 def matrix(weight: PlaneWeight | PlaneStack) -> Tensor:
@@ -87,20 +90,22 @@ def test_linear(name: str, rows: int) -> None:
 @pytest.mark.parametrize("activation", ["none", "silu", "gelu_tanh"])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_norm_linear(activation: str, rows: int, stacked: bool) -> None:
-    weight = stack_of() if stacked else weight_of("Q5_K", 32, 512)
+    def weight(dtype: torch.dtype) -> PlaneWeight | PlaneStack:
+        return stack_of(dtype) if stacked else weight_of("Q5_K", 32, 512, dtype=dtype)
+
+    single, half = torch.float32, torch.bfloat16
     stream, norm = random((rows, 512), torch.float32, CPU, 3), random((512,), torch.float32, CPU, 4)
     for bias in (None, random((32,), torch.float32, CPU, 5)):
-        y = normed(stream, norm) @ matrix(weight).t()
+        y = normed(stream, norm) @ matrix(weight(single)).t()
         y = y if bias is None else y + bias
         if activation != "none":
             gate, up = y.tensor_split(2, -1)
             y = (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
-        for dtype in (torch.float32, torch.bfloat16):
-            got = weight.norm_linear(stream, norm, 1e-5, bias, activation, dtype)
+        for own, dtype in ((single, single), (half, half), (half, single)):
+            got = weight(own).norm_linear(stream, norm, 1e-5, bias, activation, dtype)
             assert got.dtype == dtype
             assert got.shape == (rows, 32 if activation == "none" else 16)
-            limit = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
-            assert_close(got, y, limit)
+            assert_close(got, y, torch.bfloat16 if own == half else torch.float16)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -155,8 +160,15 @@ def test_a_stack_makes_its_activations_once(
     rows: int, dtype: torch.dtype, expected: list[str], ways: list[str]
 ) -> None:
     stream, norm = random((rows, 512), torch.float32, CPU, 10), torch.ones(512)
-    stack_of().norm_linear(stream, norm, 1e-5, None, "none", dtype)
+    stack_of(dtype).norm_linear(stream, norm, 1e-5, None, "none", dtype)
     assert ways == expected
+
+
+def test_float32_logits_do_not_need_float32_activations(ways: list[str]) -> None:
+    stream, norm = random((9, 512), torch.float32, CPU, 10), torch.ones(512)
+    weight = weight_of("Q6_K", 24, 512, dtype=torch.float16)
+    y = weight.norm_linear(stream, norm, 1e-5, None, "none", torch.float32)
+    assert (ways, y.dtype) == (["rms_norm", "plane_gemm"], torch.float32)
 
 
 @pytest.mark.parametrize("found", ["gemv", "gemm", "blas", None])

@@ -14,11 +14,12 @@ from squall.runtime.memory import OptionError
 from squall.runtime.options import EngineOptions
 
 
-def chosen(name: str, window: int = 0) -> Any:
+def chosen(name: str, window: int = 0, device: str = "cuda") -> Any:
     config: Any = SimpleNamespace(
         layers=(LayerConfig(), LayerConfig(window)), attention_softcap=0.0, head_dim=64
     )
-    return choose_attention(config, torch.bfloat16, EngineOptions(attention_backend=name))
+    options = EngineOptions(attention_backend=name)
+    return choose_attention(config, torch.bfloat16, torch.device(device), options)
 
 
 def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +38,5 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xformers_backend, "probe", lambda: None)
     with pytest.raises(OptionError, match="has no window; accepted here"):
         chosen("xformers", window=9)
+    with pytest.raises(OptionError, match="it needs a CUDA GPU, not cpu; accepted here"):
+        chosen("xformers", device="cpu")

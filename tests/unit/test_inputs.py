@@ -93,3 +93,12 @@ def test_block_tables_follow_growth_change_and_preemption() -> None:
     assert table(b) == [[5]]
     inputs.block_tables.fill_(-7)  # nothing changed: nothing is sent
     assert table(b) == [[-7]]
+
+
+def test_a_sequence_that_leaves_moves_only_one_other() -> None:
+    inputs = DecodeInputs(4, 4, BLOCK, CPU)
+    a, b, c, d = (sequence(i, 3, [i]) for i in range(1, 5))
+    assert inputs.arrange([a, b, c]) == [2, 1, 0]  # none has a row yet: any order will do
+    inputs.fill([chunk(s, 2) for s in (a, b, c)], [sample_row(s) for s in (a, b, c)], 4)
+    assert inputs.arrange([b, c]) == [1, 0]  # c, beyond the end, takes a's row
+    assert inputs.arrange([a, c, d]) == [0, 2, 1]

@@ -115,7 +115,8 @@ def test_library_decoders(
     ids = data.draw(st.lists(st.sampled_from(words), max_size=20))
     for skip in (True, False):
         assert "".join(streamed(tokenizer, ids, skip)) == tokenizer.decode(ids, skip_special=skip)
-    if name == "metaspace" and ids and ids[0] == 6:
+    shown = [i for i in ids if i != library.token_to_id("<s>")]
+    if name == "metaspace" and shown[:1] == [6]:
         return  # the library drops every space of a first token, not the one it had added
     assert tokenizer.decode(ids) == library.decode(ids, skip_special_tokens=True)
 
