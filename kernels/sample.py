@@ -1,7 +1,8 @@
 """Sampling on the device: one token id per row of logits, each row by its own parameters.
 
-    sample_tokens(logits, temperature, top_k, top_p, min_p, key, position) -> ids int32 [S]
-    sample_tokens_(the same, ids)      writes them to ids int32 [S] instead
+    sample_tokens_(logits, temperature, top_k, top_p, min_p, key, position, ids)
+
+writes them to ``ids`` int32 ``[S]``.
 
 ``logits`` float32 ``[S, V]``, V up to 262,144; rows may be strided. All parameters are dense
 tensors ``[S]``, so one CUDA graph serves every mix of requests: ``temperature`` float32 (below
@@ -39,7 +40,7 @@ from squall.kernels.sample_counts import count_tokens_, gather_ids, penalize_
 from squall.kernels.sample_kernels import _draw_kernel, _survey_kernel
 from squall.kernels.tuning import Config, Problem, Tunable, tuned
 
-__all__ = ["count_tokens_", "gather_ids", "penalize_", "sample_tokens", "sample_tokens_"]
+__all__ = ["count_tokens_", "gather_ids", "penalize_", "sample_tokens_"]
 
 GREEDY = 1e-7
 GROUP = 128  # tokens whose maximum bounds top-k
@@ -106,7 +107,7 @@ def uniforms_reference(key: Tensor, position: Tensor, dtype: torch.dtype) -> Ten
     return shifted(z, 64 - bits).to(dtype) * 2.0**-bits
 
 
-def sample_tokens_out_reference(
+def sample_tokens_in_place_reference(
     logits: Tensor,
     temperature: Tensor,
     top_k: Tensor,
@@ -163,7 +164,7 @@ _DTYPES = {
 }
 
 
-def sample_tokens_out_launcher(
+def sample_tokens_launcher(
     logits: Tensor,
     temperature: Tensor,
     top_k: Tensor,
@@ -222,31 +223,11 @@ def launch(logits: Tensor, parameters: tuple[Tensor, ...], ids: Tensor, config: 
     )  # fmt: skip
 
 
-def sample_tokens_launcher(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    key: Tensor,
-    position: Tensor,
-) -> Tensor:
-    ids = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
-    sample_tokens_out_launcher(logits, temperature, top_k, top_p, min_p, key, position, ids)
-    return ids
-
-
-_PARAMETERS = (
-    "Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor key, "
-    "Tensor position"
-)
-sample_tokens = op(
-    f"sample_tokens({_PARAMETERS}) -> Tensor", sample_tokens_reference, sample_tokens_launcher
-)
 sample_tokens_ = op(
-    f"sample_tokens_({_PARAMETERS}, Tensor(a!) ids) -> ()",
-    sample_tokens_out_reference,
-    sample_tokens_out_launcher,
+    "sample_tokens_(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, "
+    "Tensor key, Tensor position, Tensor(a!) ids) -> ()",
+    sample_tokens_in_place_reference,
+    sample_tokens_launcher,
     _out_fake,
 )
 
@@ -319,28 +300,19 @@ def _case(shape: str, rows: int, vocab: int, strided: bool = False, aot: bool = 
     def build(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         x = random((rows, vocab + 5 * strided), torch.float32, torch.device("cpu"), 41)
         logits = SHAPES[shape](x).to(device)[:, 5 * strided :]
-        return logits, *parameters(MIX, rows, device)
+        ids = torch.full((rows,), 7, dtype=torch.int32, device=device)
+        return logits, *parameters(MIX, rows, device), ids
 
     return Case(
-        f"sample_tokens-{shape}-{rows}x{vocab}{'-strided' if strided else ''}",
-        sample_tokens,
-        sample_tokens_reference,
+        f"sample_tokens_-{shape}-{rows}x{vocab}{'-strided' if strided else ''}",
+        sample_tokens_,
+        sample_tokens_in_place_reference,
         sample_tokens_launcher,
         build,
+        mutates=(7,),
         interpret=vocab <= 10_000,
         aot=(torch.float32,) * aot,
     )
-
-
-def _out_case(rows: int, vocab: int) -> Case:
-    def build(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-        ids = torch.full((rows,), 7, dtype=torch.int32, device=device)
-        logits = random((rows, vocab), torch.float32, device, 43)
-        return logits, *parameters(MIX, rows, device), ids
-
-    reference, launcher = sample_tokens_out_reference, sample_tokens_out_launcher
-    name = f"sample_tokens_-{rows}x{vocab}"
-    return Case(name, sample_tokens_, reference, launcher, build, mutates=(7,))
 
 
 def _cases() -> Iterator[Case]:
@@ -357,7 +329,6 @@ def _cases() -> Iterator[Case]:
         yield _case(shape, 2 * len(MIX), 128_256)
     yield _case("peaked", 300, 32_000)
     yield _case("peaked", 3, 262_144)
-    yield _out_case(3, 1000)
 
 
 CASES = tuple(_cases())

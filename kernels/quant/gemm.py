@@ -35,8 +35,16 @@ from squall.kernels.op import dependent_launch, has_ptx, multiprocessors, op
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.gemm_dequant import GAIN
 from squall.kernels.quant.gemm_kernel import plane_gemm_kernel
-from squall.kernels.quant.planes import SUPER, Layout, Planes, dequantize, layout, padded
-from squall.kernels.quant.planes import random_planes as random_weights
+from squall.kernels.quant.planes import (
+    SUPER,
+    Layout,
+    Planes,
+    dequantize,
+    layout,
+    padded,
+    random_planes,
+    tuning_key,
+)
 from squall.kernels.tuning import Config, Problem, Tunable, tuned
 
 MAX_ROWS = 256
@@ -77,11 +85,6 @@ def plane_gemm_add_reference(
     stream: Tensor,
 ) -> None:
     stream += _product(x, (low, high, scales, supers), ggml_type, bias, "none")
-
-
-def key(ggml_type: int, n: int, k: int, bucket: int) -> str:
-    """A problem's name in the tables of tuned parameters; ``k`` is padded."""
-    return f"{gguf_formats()[ggml_type].name.lower()}-n{n}-k{k}-m{bucket}"
 
 
 def _config(
@@ -171,7 +174,7 @@ def _gemm(
     if rows == 0:
         return
     bucket, width = max(16, next_power_of_2(rows)), padded(k)
-    config = config or tuned("plane_gemm", key(ggml_type, n, width, bucket), x.device)
+    config = config or tuned("plane_gemm", tuning_key(ggml_type, n, width, bucket), x.device)
     config = config or rule(plan, bucket, n, width, x.device)
     block_m, block_n, block_k = config["block_m"], config["block_n"], config["block_k"]
     per_tile = block_n // 2 if epilogue.gated else block_n
@@ -280,7 +283,7 @@ def _inputs(
     """Arguments up to ``bias`` for M, N, K; x is float16 where results are float32."""
     m, n, k = size
     entry, cpu = _TYPES[name], torch.device("cpu")
-    planes = random_weights(entry, n, k, cpu, torch.Generator().manual_seed(51))
+    planes = random_planes(entry, n, k, cpu, torch.Generator().manual_seed(51))
     x = random((m, k + 16), dtype if dtype in _HALF else torch.float16, device, 52)[:, :k]
     return (
         x,
@@ -350,7 +353,7 @@ def _runner(
 ) -> Callable[[Config], None]:
     """One product, of the kind that weights of this size are for (see ``_problems``)."""
     entry, generator = gguf_formats()[ggml_type], torch.Generator(device).manual_seed(0)
-    planes = random_weights(entry, n, k, device, generator)
+    planes = random_planes(entry, n, k, device, generator)
     copies = 1 + (256 << 20) // planes.nbytes
     tensors = cycle([_moved(planes.tensors, device, copy=True) for _ in range(copies)])
     x = torch.randn((rows, k), device=device).half()
@@ -376,7 +379,7 @@ def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
                 build = partial(_runner, kind, n, k, bucket)
                 tried = candidates(plan, bucket, n, width)
                 yield Problem(
-                    key(kind, n, width, bucket), int(n * width * plan.bits / 8), build, tried
+                    tuning_key(kind, n, width, bucket), int(n * width * plan.bits / 8), build, tried
                 )
 
 

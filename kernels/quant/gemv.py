@@ -27,7 +27,14 @@ from squall.kernels.quant.activations import quantize_rows, quantize_rows_refere
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.gemv_kernel import plane_gemv_kernel
 from squall.kernels.quant.gemv_resident import resident_gemv_kernel
-from squall.kernels.quant.planes import Planes, dequantize, layout, padded, random_planes
+from squall.kernels.quant.planes import (
+    Planes,
+    dequantize,
+    layout,
+    padded,
+    random_planes,
+    tuning_key,
+)
 from squall.kernels.tuning import Config, Problem, Tunable, tuned
 
 MAX_ROWS = 8
@@ -73,11 +80,6 @@ def plane_gemv_add_reference(
 ) -> None:
     weights = _matrix(low, high, scales, supers, ggml_type)
     stream += F.linear(restore((parts, scale, sums)), weights, bias)
-
-
-def key(ggml_type: int, n: int, k: int, bucket: int) -> str:
-    """A problem's name in the tables of tuned parameters."""
-    return f"{gguf_formats()[ggml_type].name.lower()}-n{n}-k{k}-m{bucket}"
 
 
 def rule(bucket: int, features: int, chunks: int, gated: bool, device: torch.device) -> Config:
@@ -147,7 +149,7 @@ def _gemv(
         return
     bucket, chunks = next_power_of_2(rows), width // 4
     if config is None:
-        config = tuned("plane_gemv", key(ggml_type, n, k, bucket), low.device)
+        config = tuned("plane_gemv", tuning_key(ggml_type, n, k, bucket), low.device)
     if config is None:
         config = rule(bucket, features, chunks, gated, low.device)
     tile, warps = config["rows"], config["warps"]
@@ -323,7 +325,7 @@ def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
                 build = partial(_runner, kind, n, k, bucket)
                 nbytes = int(n * padded(k) * bits / 8)
                 yield Problem(
-                    key(kind, n, k, bucket),
+                    tuning_key(kind, n, k, bucket),
                     nbytes,
                     build,
                     tuple(candidates(bucket, padded(k) * layout(kind).low_bits // 128)),

@@ -25,7 +25,7 @@ from squall.kernels.quant import gemm, gemv
 from squall.kernels.quant.activations import Quantized, norm_quantize_rows, quantize_rows
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.expand import expand_planes, plane_rows
-from squall.kernels.quant.planes import Planes, layout, padded, random_planes
+from squall.kernels.quant.planes import Planes, layout, padded, random_planes, tuning_key
 from squall.kernels.rmsnorm import rms_norm
 from squall.kernels.tuning import Config, Problem, Tunable, tuned
 
@@ -159,7 +159,7 @@ class PlaneWeight:
         possible = _possible(x.rows, x.dtype)
         bucket = next_power_of_2(max(1, x.rows))
         kind, n, k = self.planes.format.ggml_type, self.out_features, self.planes.padded
-        found = tuned("plane_crossover", gemv.key(kind, n, k, bucket), self.planes.low.device)
+        found = tuned("plane_crossover", tuning_key(kind, n, k, bucket), self.planes.low.device)
         return next((way for way in possible if found and way in found), possible[0])
 
     def _expanded(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
@@ -286,7 +286,7 @@ def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
                 ways = _possible(bucket, torch.bfloat16)[: 2 if bucket <= 8 else None]
                 build = partial(_runner, kind, n, k, bucket)
                 candidates = tuple({way: 1} for way in ways)
-                yield Problem(gemv.key(kind, n, k, bucket), nbytes, build, candidates)
+                yield Problem(tuning_key(kind, n, k, bucket), nbytes, build, candidates)
 
 
 TUNABLE = Tunable("plane_crossover", _problems)

@@ -320,3 +320,8 @@ def concat(parts: Sequence[Planes]) -> Planes:
     assert low is not None
     assert scales is not None
     return Planes(first.format, first.in_features, low, high, scales, supers)
+
+
+def tuning_key(ggml_type: int, n: int, k: int, bucket: int) -> str:
+    """A problem's name in the tables of tuned parameters."""
+    return f"{gguf_formats()[ggml_type].name.lower()}-n{n}-k{k}-m{bucket}"
