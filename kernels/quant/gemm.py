@@ -91,14 +91,15 @@ def _config(
     plan: Layout, tile: tuple[int, int, int], split: int, warps: int, budget: int = 80
 ) -> Config:
     """``tile`` is BLOCK_M, BLOCK_N, BLOCK_K; as many stages as ``budget`` KiB of shared memory
-    hold, 2 to 5. ``registers`` a thread may use leave room for four (two, if of eight warps)
-    programs a multiprocessor, three where sums are many."""
+    hold, 2 to 5. ``registers`` a thread may use follow from its sums and its weights, two a
+    register: with 128 there are four programs of four warps a multiprocessor, with 168 three."""
     block_m, block_n, block_k = tile
-    # Words of a plane are used whole only by blocks of 128 (2 bits) or 256 weights (1 bit).
-    if plan.low_bits == 2 or plan.high_bits:
+    # Blocks take words of a plane whole: 128 weights of 2 bits, 256 of 1 bit.
+    block_k = max(block_k, 256 if plan.high_bits == 1 else 128 if plan.low_bits == 2 else 64)
+    if plan.high_bits == 2:
         block_k = max(block_k, 128)
     stage = block_k * (block_m * 16 + block_n * (plan.low_bits + plan.high_bits + 1)) // 8
-    sums = block_m * block_n // (32 * warps)
+    kept = (block_m + block_k // 2) * block_n // (32 * warps)
     return {
         "block_m": block_m,
         "block_n": block_n,
@@ -106,7 +107,7 @@ def _config(
         "split": split,
         "warps": warps,
         "stages": max(2, min(5, budget * 1024 // stage)),
-        "registers": 255 if sums > 64 else 168 if sums > 32 and warps == 4 else 128,
+        "registers": 128 if kept <= 80 else 168 if kept <= 104 else 255,
     }
 
 
@@ -129,10 +130,9 @@ def candidates(plan: Layout, bucket: int, weights: int, k: int) -> Sequence[Conf
     if bucket <= 32:
         shapes = [((m, 128, 128), 4), ((m, 64, 256), 4), ((m, 128, 256), 8), ((m, 64, 128), 4)]
     elif bucket == 64:
-        shapes = [((m, 128, 128), 4), ((m, 64, 128), 4), ((m, 128, 64), 8), ((m, 128, 128), 8)]
+        shapes = [((m, 128, 128), 4), ((m, 64, 256), 4), ((m, 128, 128), 8), ((m, 64, 128), 4)]
     else:
-        shapes = [((m, 128, 64), 8), ((m, 128, 128), 8), ((m, 64, 64), 4)]
-        shapes.append(((64, 256, 64), 8) if bucket == 128 else ((256, 128, 64), 8))
+        shapes = [((m, 128, 64), 8), ((m, 128, 128), 8), ((m, 64, 128), 4), ((64, 128, 128), 4)]
     for tile, warps in shapes:
         tiles = _tiles(bucket, weights, tile)
         # One to four programs a multiprocessor of a GPU with 132.

@@ -146,93 +146,180 @@ def _two_scales(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def run_scales(  # type: ignore[no-untyped-def]
+def _item(v, INDEX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Item INDEX of the last of three axes, which has one, two or four."""
+    N: tl.constexpr = v.shape[0]
+    U: tl.constexpr = v.shape[1]
+    if v.shape[2] == 1:
+        item = v.reshape(N, U)
+    elif v.shape[2] == 2:
+        low, high = tl.split(v)
+        item = low if INDEX == 0 else high
+    else:
+        even, odd = tl.split(v.reshape(N, U, 2, 2))
+        low, high = tl.split(even if INDEX % 2 == 0 else odd)
+        item = low if INDEX // 2 == 0 else high
+    return item
+
+
+@triton.jit
+def _run_scales(  # type: ignore[no-untyped-def]
     words, supers, RUN: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, PTX: tl.constexpr
 ):
-    """Scale and minimum of run RUN (0, 1) of 64 weights: packed, twice each, ``[N, 16]`` or
-    ``[N, 1]``.
+    """Scales and minimums of run RUN of every unit: packed, twice each, ``[N, U, 16]`` or
+    ``[N, U, 1]``.
 
-    ``words`` are the scales of the 64 weights, one or two int32 ``[N]``. The minimum of formats
-    without one means nothing.
+    ``words`` are the scales, int32 ``[N, U, words of a unit]``; ``supers`` from ``super_scales``.
+    The minimum of formats without one means nothing.
     """
-    if GROUP == 16:
-        if KIND == "byte":
-            v = _two_scales(words[0], supers, RUN, KIND, PTX)
-            s0, s1 = _both(v, 0, PTX), _both(v, 1, PTX)
-            m0, m1 = s0, s1
-        else:
-            v0 = _two_scales(words[RUN], supers, 0, KIND, PTX)
-            v1 = _two_scales(words[RUN], supers, 1, KIND, PTX)
-            s0, s1 = _both(v0, 0, PTX), _both(v1, 0, PTX)
-            m0, m1 = _both(v0, 1, PTX), _both(v1, 1, PTX)
-        first = (tl.arange(0, 16) < 8)[None, :]
-        s = tl.where(first, s0[:, None], s1[:, None])
-        m = tl.where(first, m0[:, None], m1[:, None])
+    SIDE: tl.constexpr = RUN % 2
+    if KIND == "byte_pair" and GROUP == 16:
+        word = _item(words, RUN)
+        v0 = _two_scales(word, supers, 0, KIND, PTX)[:, :, None]
+        v1 = _two_scales(word, supers, 1, KIND, PTX)[:, :, None]
+        s = _two_groups(_both(v0, 0, PTX), _both(v1, 0, PTX))
+        m = _two_groups(_both(v0, 1, PTX), _both(v1, 1, PTX))
+    elif KIND == "byte":
+        v = _two_scales(_item(words, RUN // 2), supers, SIDE, KIND, PTX)[:, :, None]
+        s = _two_groups(_both(v, 0, PTX), _both(v, 1, PTX))
+        m = s
+    elif KIND == "half":
+        v = _two_scales(_item(words, 0), supers, 0, KIND, PTX)[:, :, None]
+        s = _both(v, SIDE, PTX)
+        m = s
     else:
-        if KIND == "half":
-            v = _two_scales(words[0], supers, 0, KIND, PTX)
-            v = _both(v, RUN, PTX)
-        elif KIND == "half_pair":
-            v = _two_scales(words[RUN], supers, 0, KIND, PTX)
-        else:
-            v = _two_scales(words[0], supers, RUN, KIND, PTX)
-        s = _both(v, 0, PTX)[:, None]
-        m = _both(v, 1, PTX)[:, None]
+        INDEX: tl.constexpr = SIDE if KIND == "half_pair" else 0
+        v = _two_scales(_item(words, INDEX), supers, SIDE, KIND, PTX)[:, :, None]
+        s = _both(v, 0, PTX)
+        m = _both(v, 1, PTX)
     return s, m
 
 
 @triton.jit
-def run_weights(  # type: ignore[no-untyped-def]
+def _two_groups(a, b):  # type: ignore[no-untyped-def]
+    """``[N, U, 1]`` each -> ``[N, U, 16]``: a for the first 16 weights of a run, b for the rest."""
+    return tl.where((tl.arange(0, 16) < 8)[None, None, :], a, b)
+
+
+@triton.jit
+def _run_weights(  # type: ignore[no-untyped-def]
     low,
     high,
     scale,
     minimum,
-    LOW_SHIFT: tl.constexpr,
-    HIGH_SHIFT: tl.constexpr,
+    RUN: tl.constexpr,
     LOW_BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
     OFFSET: tl.constexpr,
     PAIRED: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """The 32 weights of a run, times GAIN, as int32 ``[N, 16]`` of two float16 each.
+    """Run RUN of every unit, times GAIN, as int32 ``[N, U * 16]`` of two float16 each.
 
-    ``low``, ``high``: the run's words of the planes, int32 ``[N, 16]`` from ``spread_words``; its
-    bits start at LOW_SHIFT and HIGH_SHIFT of each byte. With HIGH_BITS 0, ``high`` is not read.
+    ``low`` ``[N, U, 16]``: a byte of the low plane in each half; ``high``: one of the high plane in
+    the upper byte of each half, run 0 of the unit at its bottom. With HIGH_BITS 0, ``high`` is not
+    read.
     """
+    SHIFT: tl.constexpr = RUN * LOW_BITS
     if LOW_BITS == 8:
         low = low ^ 0x00800080  # int8 to uint8 + 128
-    q = _masked(low, (((1 << LOW_BITS) - 1) << LOW_SHIFT) * 0x10001, PTX)
+    q = _masked(low, (((1 << LOW_BITS) - 1) << SHIFT) * 0x10001, PTX)
     if HIGH_BITS > 0:
-        TOP: tl.constexpr = LOW_SHIFT + LOW_BITS
-        MOVE: tl.constexpr = TOP - HIGH_SHIFT
-        bits = high << MOVE if MOVE >= 0 else high >> -MOVE
+        TOP: tl.constexpr = SHIFT + LOW_BITS
+        bits = high >> (8 - TOP + HIGH_BITS * RUN)
         q |= bits & (((1 << HIGH_BITS) - 1) << TOP) * 0x10001
-    UNIT: tl.constexpr = 1.0 / (1 << LOW_SHIFT)
+    UNIT: tl.constexpr = 1.0 / (1 << SHIFT)
     BASE: tl.constexpr = -1024.0 * UNIT - (128 if LOW_BITS == 8 else OFFSET)
     q = _fma(q, _constant(UNIT, UNIT), _constant(BASE, BASE), PTX)
-    if PAIRED:
-        return _fma(q, scale, minimum, PTX)
-    return _mul(q, scale, PTX)
+    w = _fma(q, scale, minimum, PTX) if PAIRED else _mul(q, scale, PTX)
+    return w.reshape(low.shape[0], low.shape[1] * 16)
 
 
 @triton.jit
-def spread_words(words, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
-    """int16 (or the low half of int32) words of a plane -> int32, a byte in each half."""
-    return _spread(words.to(tl.int32) & 0xFFFF, PTX)
-
-
-@triton.jit
-def two_runs(a, b, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Two results of ``run_weights`` side by side: ``[N, 64]`` of DTYPE, float16 or bfloat16.
-
-    Nothing moves between threads: each has the same columns of both runs.
-    """
+def _stack(a, b):  # type: ignore[no-untyped-def]
+    """``[N, X]`` twice -> ``[N, 2 X]``, a before b, without moving anything between threads."""
     # A select whose condition every thread knows at compile time: unlike a permutation it lets the
     # compiler load the planes in the layout that the tensor core wants.
     first = (tl.arange(0, 2) == 0)[None, :, None]
-    v = tl.where(first, a[:, None, :], b[:, None, :]).reshape(a.shape[0], 32)
-    low, high = _halves(v)
+    return tl.where(first, a[:, None, :], b[:, None, :]).reshape(a.shape[0], 2 * a.shape[1])
+
+
+@triton.jit
+def _high_bytes(words, SHARE: tl.constexpr, BITS: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """int16 words of the high plane ``[N, X]`` -> int32 ``[N, X / 16 * SHARE, 16]``, a byte in the
+    upper byte of each half, for SHARE units of the low plane; the BITS of each at the bottom."""
+    N: tl.constexpr = words.shape[0]
+    UNITS: tl.constexpr = words.shape[1] // 16
+    v = words.to(tl.int32)
+    if PTX:
+        v = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, 0x1404;", "=r,r", [v], tl.int32, is_pure=True, pack=1
+        )
+    else:
+        v = ((v & 0xFF) << 8) | ((v & 0xFF00) << 16)
+    v = v.reshape(N, UNITS, 1, 16)
+    if SHARE > 1:
+        v = v >> (tl.arange(0, SHARE) * BITS)[None, None, :, None]
+    return v.reshape(N, UNITS * SHARE, 16)
+
+
+@triton.jit
+def _two_runs(  # type: ignore[no-untyped-def]
+    low, high, words, supers, RUN: tl.constexpr, LOW_BITS: tl.constexpr, HIGH_BITS: tl.constexpr,
+    OFFSET: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, PAIRED: tl.constexpr,
+    PTX: tl.constexpr,
+):  # fmt: skip
+    """Runs RUN and RUN + 1 of every unit: int32 ``[N, 2 * U * 16]``."""
+    s0, m0 = _run_scales(words, supers, RUN, GROUP, KIND, PTX)
+    s1, m1 = _run_scales(words, supers, RUN + 1, GROUP, KIND, PTX)
+    return _stack(
+        _run_weights(low, high, s0, m0, RUN, LOW_BITS, HIGH_BITS, OFFSET, PAIRED, PTX),
+        _run_weights(low, high, s1, m1, RUN + 1, LOW_BITS, HIGH_BITS, OFFSET, PAIRED, PTX),
+    )
+
+
+@triton.jit
+def dequantize_tile(  # type: ignore[no-untyped-def]
+    low,
+    high,
+    scales,
+    supers,
+    LOW_BITS: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    GROUP: tl.constexpr,
+    KIND: tl.constexpr,
+    PAIRED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Words of the planes of a tile -> weights times GAIN, ``[N, K]`` of DTYPE (float16, bfloat16).
+
+    ``low``, ``high`` are int16 ``[N, words]``, ``scales`` int32 ``[N, words]``, ``supers`` from
+    ``super_scales``. Columns are in the order of runs: the first run of every unit of the low plane
+    (16 words), then the second of every unit, and so on.
+    """
+    N: tl.constexpr = low.shape[0]
+    U: tl.constexpr = low.shape[1] // 16
+    RUNS: tl.constexpr = 8 // LOW_BITS
+    low = _spread(low.to(tl.int32), PTX).reshape(N, U, 16)
+    if HIGH_BITS > 0:
+        high = _high_bytes(high, 8 // HIGH_BITS // RUNS, HIGH_BITS * RUNS, PTX)
+    if LOW_BITS == 8:  # a word has the scales of two units
+        v = _mul(scales, supers, PTX)
+        s = tl.join(_both(v, 0, PTX), _both(v, 1, PTX)).reshape(N, U, 1)
+        w = _run_weights(low, high, s, s, 0, LOW_BITS, HIGH_BITS, OFFSET, PAIRED, PTX)
+    else:
+        words = scales.reshape(N, U, scales.shape[1] // U)
+        w = _two_runs(
+            low, high, words, supers, 0, LOW_BITS, HIGH_BITS, OFFSET, GROUP, KIND, PAIRED, PTX
+        )
+        if RUNS == 4:
+            rest = _two_runs(
+                low, high, words, supers, 2, LOW_BITS, HIGH_BITS, OFFSET, GROUP, KIND, PAIRED, PTX
+            )
+            w = _stack(w, rest)
+    first, second = _halves(w)
     if tl.bfloat16 == DTYPE:
-        low, high = low.to(tl.float32).to(DTYPE), high.to(tl.float32).to(DTYPE)
-    return tl.join(low, high).reshape(a.shape[0], 64)
+        first, second = first.to(tl.float32).to(DTYPE), second.to(tl.float32).to(DTYPE)
+    return tl.join(first, second).reshape(N, w.shape[1] * 2)

@@ -14,13 +14,7 @@ planes in another layout and pass the finished weights through shared memory ins
 
 from squall.kernels.lang import tl, triton, wait_for_inputs
 from squall.kernels.linear_epilogue import finish_tile, weight_rows
-from squall.kernels.quant.gemm_dequant import (
-    run_scales,
-    run_weights,
-    spread_words,
-    super_scales,
-    two_runs,
-)
+from squall.kernels.quant.gemm_dequant import dequantize_tile, super_scales
 
 
 @triton.jit(do_not_specialize=["rows", "features", "units"])
@@ -65,23 +59,30 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
     ``partial_ptr`` float32 [grid 0, SPLIT, BLOCK_N, BLOCK_M], ``counter_ptr`` int32 [grid 0].
     """
     wait_for_inputs(PDL)
-    PAIRS: tl.constexpr = BLOCK_K // 64
+    # A unit is 16 words of the low plane: RUNS runs of 32 weights.
+    RUNS: tl.constexpr = 8 // LOW_BITS
+    UNITS: tl.constexpr = BLOCK_K // (32 * RUNS)
     WORDS: tl.constexpr = 2 if KIND == "half_pair" or (KIND == "byte_pair" and GROUP == 16) else 1
-    # Pairs of runs that share words of the high plane.
-    SHARE: tl.constexpr = 4 // HIGH_BITS if HIGH_BITS > 0 else 1
+    SCALES: tl.constexpr = BLOCK_K // 64 * WORDS
     job, part = tl.program_id(0), tl.program_id(1)
     m_tiles = tl.cdiv(rows, BLOCK_M)
     tile = job // m_tiles
     w_row = weight_rows(tile, features, BLOCK_N, ACTIVATION != "none")
     row = (job % m_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.arange(0, 64)
-    word = tl.arange(0, 16)[None, :]
+    # The first runs of all units, then the second, ...: the order in which weights are made.
+    place = tl.arange(0, BLOCK_K)
+    run = place // 32
+    column = (run % UNITS * RUNS + run // UNITS) * 32 + place % 32
+    column = tl.max_contiguous(tl.multiple_of(column, 32), 32)
     x_tile = x_ptr + row[None, :] * x_stride + column[:, None]
     x_mask = (row < rows)[None, :]
-    low_tile = low_ptr + (w_row * (units * (16 * LOW_BITS)))[:, None] + word
+    low_word = tl.arange(0, UNITS * 16)[None, :]
+    low_tile = low_ptr + (w_row * (units * (16 * LOW_BITS)))[:, None] + low_word
     if HIGH_BITS > 0:
-        high_tile = high_ptr + (w_row * (units * (16 * HIGH_BITS)))[:, None] + word
-    scales_row = scales_ptr + w_row * (units * (4 * WORDS))
+        high_word = tl.arange(0, BLOCK_K * HIGH_BITS // 16)[None, :]
+        high_tile = high_ptr + (w_row * (units * (16 * HIGH_BITS)))[:, None] + high_word
+    scale_word = tl.arange(0, SCALES)[None, :]
+    scales_tile = scales_ptr + (w_row * (units * (4 * WORDS)))[:, None] + scale_word
     if supers_ptr is not None:
         supers_row = w_row * units
         parity = (supers_row & 1).to(tl.int32)
@@ -90,73 +91,39 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
     blocks = tl.cdiv(K, BLOCK_K)
     for i in range(blocks * part // SPLIT, blocks * (part + 1) // SPLIT):
         if KIND == "byte_pair":
-            supers = tl.load(supers_ptr + supers_row + i * BLOCK_K // 256)
+            supers = tl.load(supers_ptr + supers_row + i * BLOCK_K // 256)[:, None]
         elif KIND == "byte":
             # One float16. Only loads of 32 bits and more go through shared memory ahead of time,
             # so take two and choose.
             s = i * BLOCK_K // 256
             supers = tl.load(supers_ptr + ((supers_row + s) >> 1)) >> ((s + parity) & 1) * 16
+            supers = supers[:, None]
         else:
             supers = 0
-        supers = super_scales(supers, GAIN, KIND, PTX)
-        for p in tl.static_range(PAIRS):
-            pair = i * PAIRS + p
-            k = pair * 64
-            if EVEN:
-                x = tl.load(x_tile + k, mask=x_mask, other=0.0)
-            else:
-                inside = (column < K - k)[:, None]
-                x = tl.load(x_tile + k, mask=x_mask & inside, other=0.0)
-            # Words of the two runs: their own, the same, or those of the pair before as well.
-            if LOW_BITS == 8:
-                low0 = spread_words(tl.load(low_tile + pair * 32), PTX)
-                low1 = spread_words(tl.load(low_tile + pair * 32 + 16), PTX)
-            elif LOW_BITS == 4:
-                low0 = spread_words(tl.load(low_tile + pair * 16), PTX)
-                low1 = low0
-            elif p % 2 == 0:
-                low0 = spread_words(tl.load(low_tile + pair * 8), PTX)
-                low1 = low0
-            if HIGH_BITS == 0:
-                high = low0
-            elif PAIRS >= SHARE:
-                if p % SHARE == 0:
-                    high = spread_words(tl.load(high_tile + pair * 4 * HIGH_BITS), PTX)
-            elif p == 0:
-                # A block is a part of the high plane's words: move its bits to the bottom.
-                bits = tl.load(high_tile + pair // SHARE * 16).to(tl.int32) & 0xFFFF
-                high = spread_words(bits >> (pair % SHARE * 2 * HIGH_BITS), PTX)
-            first = tl.load(scales_row + pair * WORDS)
-            words = (first, tl.load(scales_row + pair * WORDS + 1) if WORDS == 2 else first)
-            scale, minimum = run_scales(words, supers, 0, GROUP, KIND, PTX)
-            even = run_weights(
-                low0,
-                high,
-                scale,
-                minimum,
-                2 * p * LOW_BITS % 8,
-                2 * p * HIGH_BITS % 8,
-                LOW_BITS,
-                HIGH_BITS,
-                OFFSET,
-                PAIRED,
-                PTX,
-            )
-            scale, minimum = run_scales(words, supers, 1, GROUP, KIND, PTX)
-            odd = run_weights(
-                low1,
-                high,
-                scale,
-                minimum,
-                (2 * p + 1) * LOW_BITS % 8,
-                (2 * p + 1) * HIGH_BITS % 8,
-                LOW_BITS,
-                HIGH_BITS,
-                OFFSET,
-                PAIRED,
-                PTX,
-            )
-            z = tl.dot(two_runs(even, odd, x.dtype), x, z)
+        if EVEN:
+            x = tl.load(x_tile + i * BLOCK_K, mask=x_mask, other=0.0)
+        else:
+            inside = (column < K - i * BLOCK_K)[:, None]
+            x = tl.load(x_tile + i * BLOCK_K, mask=x_mask & inside, other=0.0)
+        low = tl.load(low_tile + i * (UNITS * 16))
+        high = low
+        if HIGH_BITS > 0:
+            high = tl.load(high_tile + i * (BLOCK_K * HIGH_BITS // 16))
+        w = dequantize_tile(
+            low,
+            high,
+            tl.load(scales_tile + i * SCALES),
+            super_scales(supers, GAIN, KIND, PTX),
+            LOW_BITS,
+            HIGH_BITS,
+            OFFSET,
+            GROUP,
+            KIND,
+            PAIRED,
+            x.dtype,
+            PTX,
+        )
+        z = tl.dot(w, x, z)
         if PTX:
             # Nothing, but the sums are used: a product that is still under way at the end of an
             # iteration makes the assembler wait after every single instruction of the next one.
