@@ -109,8 +109,10 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
         if supers_ptr is not None:
             place = supers_ptr + (row * (PADDED // 256) + (four >> 6)) * 2
             scale *= tl.load(place, mask=inside, other=0.0).to(tl.float32)
-            minimum *= -tl.load(place + 1, mask=inside, other=0.0).to(tl.float32)
-        weight = q.to(tl.float32) * scale + minimum
+            minimum *= tl.load(place + 1, mask=inside, other=0.0).to(tl.float32)
+            weight = q.to(tl.float32) * scale - minimum
+        else:
+            weight = q.to(tl.float32) * scale + minimum
     else:
         scale = tl.load(scales_ptr + scale_row + group, mask=inside, other=0).to(tl.float32)
         if supers_ptr is not None:

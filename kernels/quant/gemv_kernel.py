@@ -6,24 +6,26 @@ field. Per run, with x16 the integers of x and xs their scale,
     y += xs * (scale * (dot(q, x16) - offset * sum(x16)) + minimum * sum(x16))
 
 where dot and sum are exact in int32. At the sizes of a GEMV only the weights' bytes count, as long
-as the instructions stay below them. So: a thread owns one chunk of each row of its program's tile,
-and nothing crosses threads before the last sum; x is loaded once for all rows of a tile; scales
-come as whole words; and all that a tile needs of the weights is in flight while the tile before is
-worked on. The weights do not depend on the kernel before: with programmatic dependent launch
-(Hopper and newer) the first tile is being loaded while that kernel drains.
+as the instructions stay below them. So as many programs as the GPU holds at once quantise x
+(:mod:`squall.kernels.quant.gemv_input`), keep it in registers and walk over the rows of the weight,
+a tile of rows in flight while the one before is worked on. A thread owns one chunk of each row of
+a tile, and nothing crosses threads before the last sum. The weights do not depend on the kernel
+before: with programmatic dependent launch (Hopper and newer) the first tile is being loaded while
+that kernel drains and while x is quantised.
 
-All tensors are ``[rows of x, weight rows, threads, words]``: with one shape, and with loads of four
-words deciding the layout, values stay in the threads that load them.
+All tensors are ``[1, weight rows, chunks, words]``: with one shape, and with loads of four words
+deciding the layout, values stay in the threads that load them.
 """
 
-from squall.kernels.lang import tl, triton, wait_for_inputs
-from squall.kernels.linear_epilogue import gate, store, weight_rows
+from squall.kernels.lang import tl, triton
+from squall.kernels.linear_epilogue import finish_row, weight_rows
+from squall.kernels.quant.gemv_input import load_run, scaled_by
 
 
 @triton.jit
-def _dot(q, high, low, DP4A: tl.constexpr):  # type: ignore[no-untyped-def]
+def _dot(q, high, low, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
     """``sum(q * (256 * high + low))`` over the bytes of four words: ``[..., 4] -> [..., 1]``."""
-    if DP4A:
+    if PTX:
         # Four words at a time, in one chain: the sum is the first of four results.
         sums = tl.inline_asm_elementwise(
             "{ .reg .b32 t; dp4a.s32.s32 t, $4, $8, 0; dp4a.s32.s32 t, $5, $9, t;"
@@ -44,56 +46,6 @@ def _dot(q, high, low, DP4A: tl.constexpr):  # type: ignore[no-untyped-def]
             x = (((high << up) >> 24) << 8) + ((low << up) >> 24)
             sums += ((q << up) >> 24) * x
     return tl.sum(sums, axis=3, keep_dims=True)
-
-
-@triton.jit
-def _load(ptr, inside, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A part of a tile of weights; all of it exists where EVEN."""
-    if EVEN:
-        part = tl.load(ptr, eviction_policy="evict_first")
-    else:
-        part = tl.load(ptr, mask=inside, other=0, eviction_policy="evict_first")
-    return part
-
-
-@triton.jit
-def _load_tile(  # type: ignore[no-untyped-def]
-    low_ptr,
-    high_ptr,
-    scales_ptr,
-    supers_ptr,
-    row,
-    start,
-    BLOCKS: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    UNIT_BITS: tl.constexpr,
-    THREADS: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """Chunks ``start`` to ``start + THREADS`` of rows ``[1, R, 1, 1]``: ``[1, R, THREADS, words]``.
-
-    Two chunks are a unit, 32 weights of each run; its scales have UNIT_BITS bits. Without a high
-    plane or super-scales the low words stand in for them, unused.
-    """
-    RUNS: tl.constexpr = 8 // LOW
-    chunk = start + tl.arange(0, THREADS)[None, None, :, None]
-    inside = chunk < BLOCKS * (2 * LOW)
-    unit = chunk // 2
-    word = tl.arange(0, 4)[None, None, None, :]
-    low = _load(low_ptr + row * (BLOCKS * 8 * LOW) + (chunk * 4 + word), inside, EVEN)
-    high = low
-    if HIGH > 0:
-        SHARED: tl.constexpr = 8 // HIGH // RUNS
-        place = (unit // SHARED) * 8 + (chunk % 2) * 4 + word
-        high = _load(high_ptr + row * (BLOCKS * 8 * HIGH) + place, inside, EVEN)
-    WORDS: tl.constexpr = (UNIT_BITS + 31) // 32
-    place = unit * WORDS + tl.arange(0, WORDS)[None, None, None, :]
-    scales = _load(scales_ptr + row * (BLOCKS * LOW * WORDS) + place, inside, EVEN)
-    supers = low
-    if supers_ptr is not None:
-        supers = _load(supers_ptr + row * BLOCKS + unit // LOW, inside, EVEN)
-    return low, high, scales, supers
 
 
 @triton.jit
@@ -153,58 +105,122 @@ def _run_quants(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _work(  # type: ignore[no-untyped-def]
+def _load(ptr, inside):  # type: ignore[no-untyped-def]
+    return tl.load(ptr, mask=inside, other=0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _load_tile(  # type: ignore[no-untyped-def]
+    low_ptr,
+    high_ptr,
+    scales_ptr,
+    supers_ptr,
+    tile,
+    tiles,
+    features,
+    chunk,
+    BLOCKS: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    UNIT_BITS: tl.constexpr,
+    TILE: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Tile number ``tile``, ``[1, TILE, CHUNKS, words]`` each; nothing is loaded past the last one.
+    Without a high plane or super-scales the low words stand in for them, unused."""
+    RUNS: tl.constexpr = 8 // LOW
+    row = weight_rows(tile, features, TILE, GATED)[None, :, None, None]
+    inside = (chunk < BLOCKS * (2 * LOW)) & (tile < tiles)
+    unit = chunk // 2
+    word = tl.arange(0, 4)[None, None, None, :]
+    low = _load(low_ptr + row * (BLOCKS * 8 * LOW) + (chunk * 4 + word), inside)
+    high = low
+    if HIGH > 0:
+        SHARED: tl.constexpr = 8 // HIGH // RUNS
+        place = (unit // SHARED) * 8 + (chunk % 2) * 4 + word
+        high = _load(high_ptr + row * (BLOCKS * 8 * HIGH) + place, inside)
+    WORDS: tl.constexpr = (UNIT_BITS + 31) // 32
+    place = unit * WORDS + tl.arange(0, WORDS)[None, None, None, :]
+    scales = _load(scales_ptr + row * (BLOCKS * LOW * WORDS) + place, inside)
+    supers = low
+    if supers_ptr is not None:
+        supers = _load(supers_ptr + row * BLOCKS + unit // LOW, inside)
+    return low, high, scales, supers
+
+
+@triton.jit
+def _add_run(  # type: ignore[no-untyped-def]
+    total,
+    least,
     low,
     high,
     scales,
-    supers,
-    parts_ptr,
-    scale_ptr,
-    sums_ptr,
-    x_row,
-    rows,
-    start,
-    BLOCKS: tl.constexpr,
+    half,
+    x,
+    RUN: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     OFFSET: tl.constexpr,
     GROUP: tl.constexpr,
     KIND: tl.constexpr,
     RUN_BITS: tl.constexpr,
-    EVEN: tl.constexpr,
-    DP4A: tl.constexpr,
+    PTX: tl.constexpr,
 ):
-    """Products of a tile with rows ``[M, 1, 1, 1]`` of x, float32 ``[M, R, THREADS, 1]``."""
+    """``total`` and ``least`` (the minimums' part) with one run added; ``x`` from ``load_run``."""
+    dot = _dot(_run_quants(low, high, RUN, LOW, HIGH), x[0], x[1], PTX)
+    if OFFSET > 0:
+        dot -= x[3]
+    scale, minimum = _run_scales(scales, half, RUN, RUN_BITS, GROUP, KIND)
+    total += (dot.to(tl.float32) * x[2]) * scale
+    if KIND == "byte_pair" or KIND == "half_pair":
+        least += x[4] * minimum
+    return total, least
+
+
+@triton.jit
+def _tile_sums(  # type: ignore[no-untyped-def]
+    low,
+    high,
+    scales,
+    supers,
+    chunk,
+    x0,
+    x1,
+    x2,
+    x3,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    OFFSET: tl.constexpr,
+    GROUP: tl.constexpr,
+    KIND: tl.constexpr,
+    RUN_BITS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Products of a tile with x: float32 ``[1, TILE]``."""
     RUNS: tl.constexpr = 8 // LOW
-    PAIRED: tl.constexpr = KIND == "byte_pair" or KIND == "half_pair"
-    chunk = start + tl.arange(0, low.shape[2])[None, None, :, None]
-    inside = (x_row >= 0) if EVEN else (x_row >= 0) & (chunk < BLOCKS * (2 * LOW))
-    unit = chunk // 2
-    # With % 2 the compiler would see two neighbouring sums, load them as one vector and move them
-    # to other threads.
     half = chunk & 1
     if HIGH > 0:
         # Bring the chunk's own fields of the word that several chunks share to the bottom.
-        high = high >> ((unit % (8 // HIGH // RUNS)) * (HIGH * RUNS))
-    total = tl.zeros([x_row.shape[0], low.shape[1], low.shape[2], 1], tl.float32)
+        high = high >> (((chunk // 2) % (8 // HIGH // RUNS)) * (HIGH * RUNS))
+    total = tl.zeros([1, low.shape[1], low.shape[2], 1], tl.float32)
     least = total
-    for run in tl.static_range(RUNS):
-        place = unit * (8 * RUNS) + 8 * run + half * 4
-        place = place + tl.arange(0, 4)[None, None, None, :] + x_row * (BLOCKS * 64)
-        x_high = tl.load(parts_ptr + place, mask=inside, other=0)
-        x_low = tl.load(parts_ptr + rows * (BLOCKS * 64) + place, mask=inside, other=0)
-        place = x_row * (BLOCKS * 8) + (unit * RUNS + run)
-        xs = tl.load(scale_ptr + place, mask=inside, other=0.0)
-        dot = _dot(_run_quants(low, high, run, LOW, HIGH), x_high, x_low, DP4A)
-        if OFFSET > 0 or PAIRED:
-            place = x_row * (BLOCKS * 16) + (unit * (2 * RUNS) + 2 * run + half)
-            sums = tl.load(sums_ptr + place, mask=inside, other=0)
-        if OFFSET > 0:
-            dot -= OFFSET * sums
-        scale, minimum = _run_scales(scales, half, run, RUN_BITS, GROUP, KIND)
-        total += (dot.to(tl.float32) * xs) * scale
-        if PAIRED:
-            least += (sums.to(tl.float32) * xs) * minimum
+    total, least = _add_run(
+        total, least, low, high, scales, half, x0, 0, LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX
+    )
+    if RUNS > 1:
+        total, least = _add_run(
+            total, least, low, high, scales, half, x1,
+            1, LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX,
+        )  # fmt: skip
+    if RUNS > 2:
+        total, least = _add_run(
+            total, least, low, high, scales, half, x2,
+            2, LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX,
+        )  # fmt: skip
+        total, least = _add_run(
+            total, least, low, high, scales, half, x3,
+            3, LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX,
+        )  # fmt: skip
     if KIND == "byte_pair":
         both = _word(supers, 0)
         total = total * _half(both) - least * _half(both >> 16)
@@ -212,24 +228,26 @@ def _work(  # type: ignore[no-untyped-def]
         total = total * _half(_word(supers, 0).to(tl.int32))
     elif KIND == "half_pair":
         total += least
-    return total
+    return tl.sum(total.reshape(1, low.shape[1], low.shape[2]), axis=2)
 
 
-@triton.jit(do_not_specialize=["rows", "features"])
+@triton.jit(do_not_specialize=["features", "eps"])
 def plane_gemv_kernel(  # type: ignore[no-untyped-def]
-    parts_ptr,
-    scale_ptr,
-    sums_ptr,
+    x_ptr,
+    norm_ptr,
     low_ptr,
     high_ptr,
     scales_ptr,
     supers_ptr,
     bias_ptr,
     y_ptr,
-    rows,
     features,
+    x_stride,
     y_stride,
+    eps,
+    K: tl.constexpr,
     BLOCKS: tl.constexpr,
+    CHUNKS: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -237,80 +255,67 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
     KIND: tl.constexpr,
     ACTIVATION: tl.constexpr,
     ADD: tl.constexpr,
-    ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    THREADS: tl.constexpr,
-    DP4A: tl.constexpr,
+    PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (tiles of TILE weight rows,). ``features`` are columns of y, BLOCKS is KP / 256; parts,
-    low, high, scales and supers are words of 32 bits (scales of Q8_0 and single supers: 16).
-    ROWS >= rows; THREADS are all of the program's."""
+    """Grid (programs, rows of x), any number of programs. ``norm_ptr`` float32 [K] or None. BLOCKS
+    are columns of the planes by 256, CHUNKS is at least the number of chunks of a row. Scales come
+    in words of 32 bits, of 16 with 8-bit planes; supers of 32, or of 16 where they are not pairs.
+    """
     GATED: tl.constexpr = ACTIVATION != "none"
     OUT: tl.constexpr = TILE // 2 if GATED else TILE
+    RUNS: tl.constexpr = 8 // LOW
     BYTE: tl.constexpr = 8 if KIND == "byte" else 16
     RUN_BITS: tl.constexpr = (32 if KIND == "half_pair" else BYTE) * (32 // GROUP)
-    UNIT_BITS: tl.constexpr = RUN_BITS * (8 // LOW)
-    EVEN: tl.constexpr = BLOCKS * 2 * LOW % THREADS == 0
-    STEPS: tl.constexpr = (BLOCKS * 2 * LOW + THREADS - 1) // THREADS
+    UNIT_BITS: tl.constexpr = RUN_BITS * RUNS
+    tiles = (features + OUT - 1) // OUT
+    step = tl.num_programs(0)
     tile = tl.program_id(0)
-    w_row = weight_rows(tile, features, TILE, GATED)
-    row = w_row[None, :, None, None]
-
-    low, high, scales, supers = _load_tile(
-        low_ptr, high_ptr, scales_ptr, supers_ptr, row, 0,
-        BLOCKS, LOW, HIGH, UNIT_BITS, THREADS, EVEN,
+    x_ptr += tl.program_id(1).to(tl.int64) * x_stride
+    y_ptr += tl.program_id(1).to(tl.int64) * y_stride
+    chunk = tl.arange(0, CHUNKS)[None, None, :, None]
+    low_1, high_1, scales_1, supers_1 = _load_tile(
+        low_ptr, high_ptr, scales_ptr, supers_ptr, tile, tiles, features, chunk,
+        BLOCKS, LOW, HIGH, UNIT_BITS, TILE, GATED,
     )  # fmt: skip
-    wait_for_inputs(PDL)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
-    x_row = tl.minimum(tl.arange(0, ROWS), rows - 1)[:, None, None, None]
-    acc = tl.zeros([ROWS, TILE, THREADS, 1], tl.float32)
+    x0, squares = load_run(x_ptr, norm_ptr, 0, K, CHUNKS, RUNS, OFFSET, PTX)
+    x1, x2, x3 = x0, x0, x0
+    if RUNS > 1:
+        x1, more = load_run(x_ptr, norm_ptr, 1, K, CHUNKS, RUNS, OFFSET, PTX)
+        squares += more
+    if RUNS > 2:
+        x2, more = load_run(x_ptr, norm_ptr, 2, K, CHUNKS, RUNS, OFFSET, PTX)
+        squares += more
+        x3, more = load_run(x_ptr, norm_ptr, 3, K, CHUNKS, RUNS, OFFSET, PTX)
+        squares += more
+    if norm_ptr is not None:
+        factor = tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / K + eps)
+        x0, x1 = scaled_by(x0, factor), scaled_by(x1, factor)
+        x2, x3 = scaled_by(x2, factor), scaled_by(x3, factor)
     # Two tiles in turn: a loop that hands one tile over to the next round copies its registers, and
     # a copy waits for the load.
-    ROUNDS: tl.constexpr = (STEPS - 1) // 2
-    for i in range(ROUNDS):
-        start = i * (2 * THREADS)
+    for _ in range(0, tl.cdiv(tl.maximum(tiles - tile, 0), 2 * step)):
         low_2, high_2, scales_2, supers_2 = _load_tile(
-            low_ptr, high_ptr, scales_ptr, supers_ptr, row, start + THREADS,
-            BLOCKS, LOW, HIGH, UNIT_BITS, THREADS, EVEN,
+            low_ptr, high_ptr, scales_ptr, supers_ptr, tile + step, tiles, features, chunk,
+            BLOCKS, LOW, HIGH, UNIT_BITS, TILE, GATED,
         )  # fmt: skip
-        acc += _work(
-            low, high, scales, supers, parts_ptr, scale_ptr, sums_ptr, x_row, rows, start,
-            BLOCKS, LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, EVEN, DP4A,
+        y = _tile_sums(
+            low_1, high_1, scales_1, supers_1, chunk, x0, x1, x2, x3,
+            LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX,
         )  # fmt: skip
-        low, high, scales, supers = _load_tile(
-            low_ptr, high_ptr, scales_ptr, supers_ptr, row, start + 2 * THREADS,
-            BLOCKS, LOW, HIGH, UNIT_BITS, THREADS, EVEN,
+        finish_row(y, tile, tiles, features, bias_ptr, y_ptr, ACTIVATION, ADD)
+        low_1, high_1, scales_1, supers_1 = _load_tile(
+            low_ptr, high_ptr, scales_ptr, supers_ptr, tile + 2 * step, tiles, features, chunk,
+            BLOCKS, LOW, HIGH, UNIT_BITS, TILE, GATED,
         )  # fmt: skip
-        acc += _work(
-            low_2, high_2, scales_2, supers_2, parts_ptr, scale_ptr, sums_ptr, x_row, rows,
-            start + THREADS,
-            BLOCKS, LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, EVEN, DP4A,
+        y = _tile_sums(
+            low_2, high_2, scales_2, supers_2, chunk, x0, x1, x2, x3,
+            LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX,
         )  # fmt: skip
-    LAST: tl.constexpr = (STEPS - 1) * THREADS
-    if STEPS % 2 == 0:
-        low_3, high_3, scales_3, supers_3 = _load_tile(
-            low_ptr, high_ptr, scales_ptr, supers_ptr, row, LAST,
-            BLOCKS, LOW, HIGH, UNIT_BITS, THREADS, EVEN,
-        )  # fmt: skip
-    acc += _work(
-        low, high, scales, supers, parts_ptr, scale_ptr, sums_ptr, x_row, rows,
-        ROUNDS * 2 * THREADS,
-        BLOCKS, LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, EVEN, DP4A,
-    )  # fmt: skip
-    if STEPS % 2 == 0:
-        acc += _work(
-            low_3, high_3, scales_3, supers_3, parts_ptr, scale_ptr, sums_ptr, x_row, rows, LAST,
-            BLOCKS, LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, EVEN, DP4A,
-        )  # fmt: skip
-
-    y = tl.sum(acc.reshape(ROWS, TILE, THREADS), axis=2)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + w_row).to(tl.float32)[None, :]
-    if GATED:
-        z, up = tl.split(y.reshape(ROWS, 2, OUT).permute(0, 2, 1))
-        y = gate(z, up, ACTIVATION)
-    out_row = tl.arange(0, ROWS)[:, None]
-    feature = tile * OUT + tl.arange(0, OUT)[None, :]
-    target = y_ptr + out_row.to(tl.int64) * y_stride + feature
-    store(target, y, (out_row < rows) & (feature < features), ADD)
+        finish_row(y, tile + step, tiles, features, bias_ptr, y_ptr, ACTIVATION, ADD)
+        tile += 2 * step

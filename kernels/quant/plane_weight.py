@@ -2,7 +2,7 @@
 
 Three ways to multiply, by the number of rows M of the activations:
 
-    "gemv"  M <= 8      byte products of 16-bit activations with the planes
+    "gemv"  M = 1       byte products of 16-bit activations with the planes; float32: M <= 8
     "gemm"  M <= 256    tensor cores, weights dequantised in registers; not for float32 activations
     "blas"  the rest    weights expanded to the activations' dtype, then the vendor's library
 
@@ -22,7 +22,6 @@ from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.lang import next_power_of_2
 from squall.kernels.linear import blas, blas_add
 from squall.kernels.quant import gemm, gemv
-from squall.kernels.quant.activations import Quantized, norm_quantize_rows, quantize_rows
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.expand import expand_planes, plane_rows
 from squall.kernels.quant.planes import Planes, layout, padded, random_planes, tuning_key
@@ -34,38 +33,28 @@ _SCRATCH_BYTES = 256 << 20  # of weights expanded at a time
 
 def _possible(rows: int, dtype: torch.dtype) -> tuple[str, ...]:
     """Ways to multiply this many rows, the one to prefer untuned first."""
-    ways = ["blas"]
-    if rows <= gemm.MAX_ROWS and dtype != torch.float32:
-        ways.insert(0, "gemm")
-    if rows <= gemv.MAX_ROWS:
-        ways.insert(0, "gemv")
-    return tuple(ways)
+    if dtype == torch.float32:
+        return ("gemv", "blas") if rows <= gemv.MAX_ROWS else ("blas",)
+    if rows <= 1:
+        return ("gemv", "gemm", "blas")
+    return ("gemm", "blas") if rows <= gemm.MAX_ROWS else ("blas",)
 
 
 class _Input:
-    """Activations in the form a way of multiplying takes them, each made at most once.
-
-    ``x [M, K]``, or with ``norm`` the residual stream, float32, still to be normalised.
-    """
+    """Activations ``x [M, K]``, or with ``norm`` the residual stream, float32, still to be
+    normalised and rounded to ``dtype``: by the GEMV itself, or once for all others."""
 
     def __init__(
         self, x: Tensor, dtype: torch.dtype, norm: Tensor | None = None, eps: float = 0.0
     ) -> None:
-        self._x, self._norm, self._eps = x, norm, eps
+        self.x, self.norm, self.eps = x, norm, eps
         self.rows, self.dtype = x.shape[0], dtype
 
     @cached_property
-    def quantized(self) -> Quantized:
-        width = padded(self._x.shape[1])
-        if self._norm is None:
-            return quantize_rows(self._x, width)
-        return norm_quantize_rows(self._x, self._norm, self._eps, width)
-
-    @cached_property
     def dense(self) -> Tensor:
-        if self._norm is None:
-            return self._x
-        return rms_norm(self._x, self._norm, self._eps, self.dtype)
+        if self.norm is None:
+            return self.x
+        return rms_norm(self.x, self.norm, self.eps, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -133,7 +122,8 @@ class PlaneWeight:
         """
         way, kind = way or self._way(x), self.planes.format.ggml_type
         if way == "gemv":
-            gemv.plane_gemv(*x.quantized, *self.planes.tensors, kind, bias, activation, out)
+            source = x.x, x.norm, x.eps
+            gemv.plane_gemv(*source, *self.planes.tensors, kind, bias, activation, out)
         elif way == "gemm":
             gemm.plane_gemm(x.dense, *self.planes.tensors, kind, bias, activation, out)
         else:
@@ -147,7 +137,7 @@ class PlaneWeight:
         """Add the product to ``stream``, whose rows may be strided; ``way`` as in multiply."""
         way, kind = way or self._way(x), self.planes.format.ggml_type
         if way == "gemv":
-            gemv.plane_gemv_add(*x.quantized, *self.planes.tensors, kind, bias, stream)
+            gemv.plane_gemv_add(x.x, *self.planes.tensors, kind, bias, stream)
         elif way == "gemm":
             gemm.plane_gemm_add(x.dense, *self.planes.tensors, kind, bias, stream)
         else:
@@ -282,8 +272,8 @@ def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
         kind = next(e.ggml_type for e in gguf_formats().values() if e.name == name)
         for n, k in shapes:
             nbytes = int(n * padded(k) * layout(kind).bits / 8)
-            for bucket in (4, 8, 32, 64, 128, 256):
-                ways = _possible(bucket, torch.bfloat16)[: 2 if bucket <= 8 else None]
+            for bucket in (64, 128, 256):
+                ways = _possible(bucket, torch.bfloat16)
                 build = partial(_runner, kind, n, k, bucket)
                 candidates = tuple({way: 1} for way in ways)
                 yield Problem(tuning_key(kind, n, k, bucket), nbytes, build, candidates)
