@@ -7,7 +7,14 @@ Triton. A stand-in kernel cannot be launched: doing so raises ``RuntimeError``.
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["HAS_TRITON", "next_power_of_2", "tl", "triton", "wait_for_inputs"]
+__all__ = [
+    "HAS_TRITON",
+    "TensorDescriptor",
+    "next_power_of_2",
+    "tl",
+    "triton",
+    "wait_for_inputs",
+]
 
 
 class _MissingKernel:
@@ -38,10 +45,12 @@ class _MissingLanguage:
 
 triton: Any = _MissingTriton()
 tl: Any = _MissingLanguage()
+TensorDescriptor: Any = None
 HAS_TRITON = False
 try:
     import triton as _triton
     import triton.language as _language
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
     pass
 else:

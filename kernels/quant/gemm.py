@@ -20,7 +20,7 @@ their order, so results are reproducible. It also sets the counter back to zero.
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.cases import BF16, Case, random
 from squall.kernels.counters import COUNT, counters
-from squall.kernels.lang import next_power_of_2
+from squall.kernels.lang import TensorDescriptor, next_power_of_2
 from squall.kernels.linear_epilogue import Epilogue
 from squall.kernels.op import dependent_launch, has_ptx, multiprocessors, op
 from squall.kernels.quant.base import gguf_formats
@@ -152,6 +152,15 @@ def _as_words(scales: Tensor) -> Tensor:
     return flat.view(torch.int32)
 
 
+def _described(plane: Tensor, bits: int, tile: tuple[int, int, int]) -> Any:
+    """A plane for ``plane_gemm_kernel``; ``tile`` is halves, rows of each, columns."""
+    gates, block_n, block_k = tile
+    words = plane.view(torch.int16)
+    n, width = words.shape
+    shape, strides = [gates, n // gates, width], [n // gates * width, width, 1]
+    return TensorDescriptor(words, shape, strides, [gates, block_n, block_k * bits // 16])
+
+
 def _check(x: Tensor, low: Tensor, plan: Layout, epilogue: Epilogue) -> None:
     (rows, k), out = x.shape, epilogue.out
     width = padded(k) * plan.low_bits // 32
@@ -186,16 +195,17 @@ def _gemm(
         partial = torch.empty(jobs * split * block_n * block_m, device=x.device)
     pdl, ptx = dependent_launch(x.device), has_ptx(x.device)
     limit = {"maxnreg": config["registers"]} if ptx else {}
-    words = None if high is None else high.view(torch.int16)
-    super_words = None if supers is None else _as_words(supers)
-    sizes = (rows, epilogue.features, k, width // SUPER, x.stride(0), epilogue.out.stride(0))
+    gates, aligned = 1 + epilogue.gated, x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    dense = x if aligned else x.contiguous()
+    tile = gates, block_n // gates, block_k
+    sizes = (rows, epilogue.features, k, width // SUPER, epilogue.out.stride(0))
     numbers = (plan.low_bits, plan.high_bits, plan.offset, plan.group, plan.scales, plan.paired)
     plane_gemm_kernel[(jobs, split)](
-        x,
-        low.view(torch.int16),
-        words,
+        TensorDescriptor(dense, [rows, k], [dense.stride(0), 1], [block_m, block_k]),
+        _described(low, plan.low_bits, tile),
+        None if high is None else _described(high, plan.high_bits, tile),
         _as_words(scales),
-        super_words,
+        None if supers is None else _as_words(supers),
         epilogue.bias,
         epilogue.out,
         partial,
@@ -209,7 +219,6 @@ def _gemm(
         block_n,
         block_k,
         split,
-        k % block_k == 0,
         ptx,
         bool(pdl),
         num_warps=config["warps"],

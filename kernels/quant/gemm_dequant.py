@@ -214,7 +214,7 @@ def _run_weights(  # type: ignore[no-untyped-def]
     PAIRED: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Run RUN of every unit, times GAIN, as int32 ``[N, U * 16]`` of two float16 each.
+    """Run RUN of every unit, times GAIN, as int32 ``[N, U, 16]`` of two float16 each.
 
     ``low`` ``[N, U, 16]``: a byte of the low plane in each half; ``high``: one of the high plane in
     the upper byte of each half, run 0 of the unit at its bottom. With HIGH_BITS 0, ``high`` is not
@@ -231,17 +231,17 @@ def _run_weights(  # type: ignore[no-untyped-def]
     UNIT: tl.constexpr = 1.0 / (1 << SHIFT)
     BASE: tl.constexpr = -1024.0 * UNIT - (128 if LOW_BITS == 8 else OFFSET)
     q = _fma(q, _constant(UNIT, UNIT), _constant(BASE, BASE), PTX)
-    w = _fma(q, scale, minimum, PTX) if PAIRED else _mul(q, scale, PTX)
-    return w.reshape(low.shape[0], low.shape[1] * 16)
+    return _fma(q, scale, minimum, PTX) if PAIRED else _mul(q, scale, PTX)
 
 
 @triton.jit
 def _stack(a, b):  # type: ignore[no-untyped-def]
-    """``[N, X]`` twice -> ``[N, 2 X]``, a before b, without moving anything between threads."""
+    """``[N, U, X]`` twice -> ``[N, U, 2 X]``, a before b; nothing moves between threads."""
     # A select whose condition every thread knows at compile time: unlike a permutation it lets the
     # compiler load the planes in the layout that the tensor core wants.
-    first = (tl.arange(0, 2) == 0)[None, :, None]
-    return tl.where(first, a[:, None, :], b[:, None, :]).reshape(a.shape[0], 2 * a.shape[1])
+    first = (tl.arange(0, 2) == 0)[None, None, :, None]
+    both = tl.where(first, a[:, :, None, :], b[:, :, None, :])
+    return both.reshape(a.shape[0], a.shape[1], 2 * a.shape[2])
 
 
 @triton.jit
@@ -269,7 +269,7 @@ def _two_runs(  # type: ignore[no-untyped-def]
     OFFSET: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr, PAIRED: tl.constexpr,
     PTX: tl.constexpr,
 ):  # fmt: skip
-    """Runs RUN and RUN + 1 of every unit: int32 ``[N, 2 * U * 16]``."""
+    """Runs RUN and RUN + 1 of every unit: int32 ``[N, U, 32]``."""
     s0, m0 = _run_scales(words, supers, RUN, GROUP, KIND, PTX)
     s1, m1 = _run_scales(words, supers, RUN + 1, GROUP, KIND, PTX)
     return _stack(
@@ -296,8 +296,7 @@ def dequantize_tile(  # type: ignore[no-untyped-def]
     """Words of the planes of a tile -> weights times GAIN, ``[N, K]`` of DTYPE (float16, bfloat16).
 
     ``low``, ``high`` are int16 ``[N, words]``, ``scales`` int32 ``[N, words]``, ``supers`` from
-    ``super_scales``. Columns are in the order of runs: the first run of every unit of the low plane
-    (16 words), then the second of every unit, and so on.
+    ``super_scales``.
     """
     N: tl.constexpr = low.shape[0]
     U: tl.constexpr = low.shape[1] // 16
@@ -322,4 +321,4 @@ def dequantize_tile(  # type: ignore[no-untyped-def]
     first, second = _halves(w)
     if tl.bfloat16 == DTYPE:
         first, second = first.to(tl.float32).to(DTYPE), second.to(tl.float32).to(DTYPE)
-    return tl.join(first, second).reshape(N, w.shape[1] * 2)
+    return tl.join(first, second).reshape(N, U * RUNS * 32)

@@ -7,9 +7,11 @@ straight into the registers where the tensor core wants its first operand, and b
 weight is so dequantised once for up to BLOCK_M rows of x. x is at most a few MB, which L2 keeps
 whatever the order of programs.
 
-All loads of the loop are of 32 bits a thread and more, or Triton would not put them through shared
-memory ahead of time; and nothing in it moves values between threads, or Triton would load the
-planes in another layout and pass the finished weights through shared memory instead.
+Planes and x come by tensor descriptors (TMA on Hopper): besides sparing the threads the copying,
+that swizzles shared memory. Eight rows of words, from which a warp reads two bytes each, would
+otherwise be in the same banks: measured, half of the kernel's time. Scales are too narrow for it.
+Nothing in the loop moves values between threads, or Triton would load the planes in another layout
+and pass the finished weights through shared memory instead.
 """
 
 from squall.kernels.lang import tl, triton, wait_for_inputs
@@ -19,9 +21,9 @@ from squall.kernels.quant.gemm_dequant import dequantize_tile, super_scales
 
 @triton.jit(do_not_specialize=["rows", "features", "units"])
 def plane_gemm_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    low_ptr,
-    high_ptr,
+    x_tiles,
+    low_tiles,
+    high_tiles,
     scales_ptr,
     supers_ptr,
     bias_ptr,
@@ -32,7 +34,6 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
     features,
     K,
     units,
-    x_stride,
     y_stride,
     LOW_BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
@@ -47,40 +48,28 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
-    EVEN: tl.constexpr,
     PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (tiles of weight rows x tiles of rows of x, SPLIT); each of SPLIT programs has a part
     of K. ``features`` are columns of y. ``units`` are columns of the planes by 256: the compiler
-    then knows how their rows are aligned. EVEN: BLOCK_K divides K. Words of the quants are int16,
-    all others int32.
+    then knows how their rows are aligned.
 
+    ``x_tiles`` describes x by ``[BLOCK_M, BLOCK_K]``; ``low_tiles`` and ``high_tiles`` int16 words
+    ``[1, N, words]`` of the planes by ``[1, BLOCK_N, words of BLOCK_K]``, or, with an activation,
+    ``[2, N / 2, words]`` by ``[2, BLOCK_N / 2, words of BLOCK_K]``. All others are int32 words.
     ``partial_ptr`` float32 [grid 0, SPLIT, BLOCK_N, BLOCK_M], ``counter_ptr`` int32 [grid 0].
     """
     wait_for_inputs(PDL)
-    # A unit is 16 words of the low plane: RUNS runs of 32 weights.
-    RUNS: tl.constexpr = 8 // LOW_BITS
-    UNITS: tl.constexpr = BLOCK_K // (32 * RUNS)
     WORDS: tl.constexpr = 2 if KIND == "half_pair" or (KIND == "byte_pair" and GROUP == 16) else 1
     SCALES: tl.constexpr = BLOCK_K // 64 * WORDS
+    LOW_WORDS: tl.constexpr = BLOCK_K * LOW_BITS // 16
+    HIGH_WORDS: tl.constexpr = BLOCK_K * HIGH_BITS // 16
     job, part = tl.program_id(0), tl.program_id(1)
     m_tiles = tl.cdiv(rows, BLOCK_M)
-    tile = job // m_tiles
+    tile, first_row = job // m_tiles, job % m_tiles * BLOCK_M
+    first_feature = tile * (BLOCK_N // 2 if ACTIVATION != "none" else BLOCK_N)
     w_row = weight_rows(tile, features, BLOCK_N, ACTIVATION != "none")
-    row = (job % m_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    # The first runs of all units, then the second, ...: the order in which weights are made.
-    place = tl.arange(0, BLOCK_K)
-    run = place // 32
-    column = (run % UNITS * RUNS + run // UNITS) * 32 + place % 32
-    column = tl.max_contiguous(tl.multiple_of(column, 32), 32)
-    x_tile = x_ptr + row[None, :] * x_stride + column[:, None]
-    x_mask = (row < rows)[None, :]
-    low_word = tl.arange(0, UNITS * 16)[None, :]
-    low_tile = low_ptr + (w_row * (units * (16 * LOW_BITS)))[:, None] + low_word
-    if HIGH_BITS > 0:
-        high_word = tl.arange(0, BLOCK_K * HIGH_BITS // 16)[None, :]
-        high_tile = high_ptr + (w_row * (units * (16 * HIGH_BITS)))[:, None] + high_word
     scale_word = tl.arange(0, SCALES)[None, :]
     scales_tile = scales_ptr + (w_row * (units * (4 * WORDS)))[:, None] + scale_word
     if supers_ptr is not None:
@@ -100,15 +89,11 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
             supers = supers[:, None]
         else:
             supers = 0
-        if EVEN:
-            x = tl.load(x_tile + i * BLOCK_K, mask=x_mask, other=0.0)
-        else:
-            inside = (column < K - i * BLOCK_K)[:, None]
-            x = tl.load(x_tile + i * BLOCK_K, mask=x_mask & inside, other=0.0)
-        low = tl.load(low_tile + i * (UNITS * 16))
+        x = x_tiles.load([first_row, i * BLOCK_K])
+        low = low_tiles.load([0, first_feature, i * LOW_WORDS]).reshape(BLOCK_N, LOW_WORDS)
         high = low
         if HIGH_BITS > 0:
-            high = tl.load(high_tile + i * (BLOCK_K * HIGH_BITS // 16))
+            high = high_tiles.load([0, first_feature, i * HIGH_WORDS]).reshape(BLOCK_N, HIGH_WORDS)
         w = dequantize_tile(
             low,
             high,
@@ -123,12 +108,13 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
             x.dtype,
             PTX,
         )
-        z = tl.dot(w, x, z)
+        z = tl.dot(w, x.T, z)
         if PTX:
             # Nothing, but the sums are used: a product that is still under way at the end of an
             # iteration makes the assembler wait after every single instruction of the next one.
             z = tl.inline_asm_elementwise("", "=f,0", [z], tl.float32, is_pure=True, pack=1)
 
+    row = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
     if SPLIT == 1:
         z *= 1.0 / GAIN
         finish_tile(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD)

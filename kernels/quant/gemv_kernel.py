@@ -6,12 +6,12 @@ field. Per run, with x16 the integers of x and xs their scale,
     y += xs * (scale * (dot(q, x16) - offset * sum(x16)) + minimum * sum(x16))
 
 where dot and sum are exact in int32. At the sizes of a GEMV only the weights' bytes count, as long
-as the instructions stay below them. So as many programs as the GPU holds at once quantise x
-(:mod:`squall.kernels.quant.gemv_input`), keep it in registers and walk over the rows of the weight,
-a tile of rows in flight while the one before is worked on. A thread owns one chunk of each row of
-a tile, and nothing crosses threads before the last sum. The weights do not depend on the kernel
-before: with programmatic dependent launch (Hopper and newer) the first tile is being loaded while
-that kernel drains and while x is quantised.
+as the instructions stay below them. There is twice as much of x as of two rows of 4-bit weights, so
+x must not be read for every tile: as many programs as the GPU holds at once keep all of x in
+registers and walk over the rows of the weight, a tile of rows in flight while the one before is
+worked on. A thread owns some chunks of each row of a tile, and nothing crosses threads before the
+last sum. The weights do not depend on the kernel before: with programmatic dependent launch (Hopper
+and newer) the first tile is being loaded while that kernel drains.
 
 All tensors are ``[1, weight rows, chunks, words]``: with one shape, and with loads of four words
 deciding the layout, values stay in the threads that load them.
@@ -19,7 +19,6 @@ deciding the layout, values stay in the threads that load them.
 
 from squall.kernels.lang import tl, triton
 from squall.kernels.linear_epilogue import finish_row, weight_rows
-from squall.kernels.quant.gemv_input import load_run, scaled_by
 
 
 @triton.jit
@@ -105,6 +104,30 @@ def _run_quants(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _load_run(  # type: ignore[no-untyped-def]
+    parts_ptr,
+    low_parts_ptr,
+    scale_ptr,
+    sums_ptr,
+    chunk,
+    RUN: tl.constexpr,
+    RUNS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """What run RUN of each chunk meets of x: both parts ``[1, 1, CHUNKS, 4]``, the scale, the sum
+    times the format's offset, and the sum itself in x's own units, ``[1, 1, CHUNKS, 1]``."""
+    inside = chunk < BLOCKS * (16 // RUNS)
+    unit, half = chunk // 2, chunk & 1
+    place = unit * (8 * RUNS) + 8 * RUN + half * 4 + tl.arange(0, 4)[None, None, None, :]
+    high = tl.load(parts_ptr + place, mask=inside, other=0)
+    low = tl.load(low_parts_ptr + place, mask=inside, other=0)
+    xs = tl.load(scale_ptr + unit * RUNS + RUN, mask=inside, other=0.0)
+    total = tl.load(sums_ptr + unit * (2 * RUNS) + 2 * RUN + half, mask=inside, other=0)
+    return high, low, xs, total * OFFSET, total.to(tl.float32) * xs
+
+
+@triton.jit
 def _load(ptr, inside):  # type: ignore[no-untyped-def]
     return tl.load(ptr, mask=inside, other=0, eviction_policy="evict_first")
 
@@ -166,7 +189,7 @@ def _add_run(  # type: ignore[no-untyped-def]
     RUN_BITS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """``total`` and ``least`` (the minimums' part) with one run added; ``x`` from ``load_run``."""
+    """``total`` and ``least`` (the minimums' part) with one run added; ``x`` from ``_load_run``."""
     dot = _dot(_run_quants(low, high, RUN, LOW, HIGH), x[0], x[1], PTX)
     if OFFSET > 0:
         dot -= x[3]
@@ -231,10 +254,11 @@ def _tile_sums(  # type: ignore[no-untyped-def]
     return tl.sum(total.reshape(1, low.shape[1], low.shape[2]), axis=2)
 
 
-@triton.jit(do_not_specialize=["features", "eps"])
+@triton.jit(do_not_specialize=["features"])
 def plane_gemv_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    norm_ptr,
+    parts_ptr,
+    scale_ptr,
+    sums_ptr,
     low_ptr,
     high_ptr,
     scales_ptr,
@@ -242,10 +266,7 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
     bias_ptr,
     y_ptr,
     features,
-    x_stride,
     y_stride,
-    eps,
-    K: tl.constexpr,
     BLOCKS: tl.constexpr,
     CHUNKS: tl.constexpr,
     LOW: tl.constexpr,
@@ -259,9 +280,9 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
     PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (programs, rows of x), any number of programs. ``norm_ptr`` float32 [K] or None. BLOCKS
-    are columns of the planes by 256, CHUNKS is at least the number of chunks of a row. Scales come
-    in words of 32 bits, of 16 with 8-bit planes; supers of 32, or of 16 where they are not pairs.
+    """Grid (programs, rows of x), any number of programs. BLOCKS are columns of the planes by 256,
+    CHUNKS is at least the number of chunks of a row. Scales come in words of 32 bits, of 16 with
+    8-bit planes; supers of 32, or of 16 where they are not pairs.
     """
     GATED: tl.constexpr = ACTIVATION != "none"
     OUT: tl.constexpr = TILE // 2 if GATED else TILE
@@ -272,8 +293,12 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
     tiles = (features + OUT - 1) // OUT
     step = tl.num_programs(0)
     tile = tl.program_id(0)
-    x_ptr += tl.program_id(1).to(tl.int64) * x_stride
-    y_ptr += tl.program_id(1).to(tl.int64) * y_stride
+    row = tl.program_id(1)
+    parts_ptr += row * (BLOCKS * 64)
+    low_parts_ptr = parts_ptr + tl.num_programs(1) * (BLOCKS * 64)
+    scale_ptr += row * (BLOCKS * 8)
+    sums_ptr += row * (BLOCKS * 16)
+    y_ptr += row.to(tl.int64) * y_stride
     chunk = tl.arange(0, CHUNKS)[None, None, :, None]
     low_1, high_1, scales_1, supers_1 = _load_tile(
         low_ptr, high_ptr, scales_ptr, supers_ptr, tile, tiles, features, chunk,
@@ -283,20 +308,14 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
-    x0, squares = load_run(x_ptr, norm_ptr, 0, K, CHUNKS, RUNS, OFFSET, PTX)
+    x = parts_ptr, low_parts_ptr, scale_ptr, sums_ptr
+    x0 = _load_run(x[0], x[1], x[2], x[3], chunk, 0, RUNS, BLOCKS, OFFSET)
     x1, x2, x3 = x0, x0, x0
     if RUNS > 1:
-        x1, more = load_run(x_ptr, norm_ptr, 1, K, CHUNKS, RUNS, OFFSET, PTX)
-        squares += more
+        x1 = _load_run(x[0], x[1], x[2], x[3], chunk, 1, RUNS, BLOCKS, OFFSET)
     if RUNS > 2:
-        x2, more = load_run(x_ptr, norm_ptr, 2, K, CHUNKS, RUNS, OFFSET, PTX)
-        squares += more
-        x3, more = load_run(x_ptr, norm_ptr, 3, K, CHUNKS, RUNS, OFFSET, PTX)
-        squares += more
-    if norm_ptr is not None:
-        factor = tl.rsqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / K + eps)
-        x0, x1 = scaled_by(x0, factor), scaled_by(x1, factor)
-        x2, x3 = scaled_by(x2, factor), scaled_by(x3, factor)
+        x2 = _load_run(x[0], x[1], x[2], x[3], chunk, 2, RUNS, BLOCKS, OFFSET)
+        x3 = _load_run(x[0], x[1], x[2], x[3], chunk, 3, RUNS, BLOCKS, OFFSET)
     # Two tiles in turn: a loop that hands one tile over to the next round copies its registers, and
     # a copy waits for the load.
     for _ in range(0, tl.cdiv(tl.maximum(tiles - tile, 0), 2 * step)):

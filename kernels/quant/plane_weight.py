@@ -22,6 +22,7 @@ from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.lang import next_power_of_2
 from squall.kernels.linear import blas, blas_add
 from squall.kernels.quant import gemm, gemv
+from squall.kernels.quant.activations import Quantized, norm_quantize_rows, quantize_rows
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.expand import expand_planes, plane_rows
 from squall.kernels.quant.planes import Planes, layout, padded, random_planes, tuning_key
@@ -41,20 +42,30 @@ def _possible(rows: int, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 class _Input:
-    """Activations ``x [M, K]``, or with ``norm`` the residual stream, float32, still to be
-    normalised and rounded to ``dtype``: by the GEMV itself, or once for all others."""
+    """Activations in the form a way of multiplying takes them, each made at most once.
+
+    ``x [M, K]``, or with ``norm`` the residual stream, float32, still to be normalised and rounded
+    to ``dtype``.
+    """
 
     def __init__(
         self, x: Tensor, dtype: torch.dtype, norm: Tensor | None = None, eps: float = 0.0
     ) -> None:
-        self.x, self.norm, self.eps = x, norm, eps
+        self._x, self._norm, self._eps = x, norm, eps
         self.rows, self.dtype = x.shape[0], dtype
 
     @cached_property
+    def quantized(self) -> Quantized:
+        width = padded(self._x.shape[1])
+        if self._norm is None:
+            return quantize_rows(self._x, width)
+        return norm_quantize_rows(self._x, self._norm, self._eps, width)
+
+    @cached_property
     def dense(self) -> Tensor:
-        if self.norm is None:
-            return self.x
-        return rms_norm(self.x, self.norm, self.eps, self.dtype)
+        if self._norm is None:
+            return self._x
+        return rms_norm(self._x, self._norm, self._eps, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -93,10 +104,11 @@ class PlaneWeight:
     ) -> Tensor:
         """``act(rms_norm(stream) W^T + bias)`` of ``dtype``: ``[M, N]``, or ``[M, N / 2]``."""
         x = _Input(stream, self.dtype, norm, eps)
-        fused = self._way(x) != "blas"
+        way = self._way(x)
+        fused = way != "blas"
         features = self.out_features // (2 if fused and activation != "none" else 1)
         y = stream.new_empty((x.rows, features), dtype=dtype)
-        self.multiply(x, bias, y, activation if fused else "none")
+        self.multiply(x, bias, y, activation if fused else "none", way)
         return y if fused else ACTIVATIONS[activation](y)
 
     def linear_add(self, x: Tensor, bias: Tensor | None, stream: Tensor) -> None:
@@ -122,14 +134,13 @@ class PlaneWeight:
         """
         way, kind = way or self._way(x), self.planes.format.ggml_type
         if way == "gemv":
-            source = x.x, x.norm, x.eps
-            gemv.plane_gemv(*source, *self.planes.tensors, kind, bias, activation, out)
+            gemv.plane_gemv(*x.quantized, *self.planes.tensors, kind, bias, activation, out)
         elif way == "gemm":
             gemm.plane_gemm(x.dense, *self.planes.tensors, kind, bias, activation, out)
         else:
             assert activation == "none", activation
-            for part, weight in self._expanded(x.dense.dtype):
-                _product(x.dense, weight, None if bias is None else bias[part], out[:, part])
+            for weight, some_bias, columns in self._expanded(x.dense.dtype, bias, out):
+                _product(x.dense, weight, some_bias, columns)
 
     def multiply_add(
         self, x: _Input, bias: Tensor | None, stream: Tensor, way: str | None = None
@@ -137,12 +148,12 @@ class PlaneWeight:
         """Add the product to ``stream``, whose rows may be strided; ``way`` as in multiply."""
         way, kind = way or self._way(x), self.planes.format.ggml_type
         if way == "gemv":
-            gemv.plane_gemv_add(x.x, *self.planes.tensors, kind, bias, stream)
+            gemv.plane_gemv_add(*x.quantized, *self.planes.tensors, kind, bias, stream)
         elif way == "gemm":
             gemm.plane_gemm_add(x.dense, *self.planes.tensors, kind, bias, stream)
         else:
-            for part, weight in self._expanded(x.dense.dtype):
-                blas_add(x.dense, weight, None if bias is None else bias[part], stream[:, part])
+            for weight, some_bias, columns in self._expanded(x.dense.dtype, bias, stream):
+                blas_add(x.dense, weight, some_bias, columns)
 
     def _way(self, x: _Input) -> str:
         """The way that the table names, or else the first possible one."""
@@ -152,15 +163,22 @@ class PlaneWeight:
         found = tuned("plane_crossover", tuning_key(kind, n, k, bucket), self.planes.low.device)
         return next((way for way in possible if found and way in found), possible[0])
 
-    def _expanded(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The weights as ``[rows, K]`` of ``dtype``, a bounded number of rows at a time."""
+    def _expanded(
+        self, dtype: torch.dtype, bias: Tensor | None, out: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """The weights as ``[rows, K]`` of ``dtype``, a bounded number of rows at a time, with their
+        part of the bias and their columns of ``out``."""
         planes = self.planes
-        step = max(1, _SCRATCH_BYTES // (planes.in_features * dtype.itemsize))
-        for start in range(0, planes.out_features, step):
-            part = slice(start, min(start + step, planes.out_features))
-            low, high, scales, supers = (None if t is None else t[part] for t in planes.tensors)
-            kind = planes.format.ggml_type
-            yield part, expand_planes(low, high, scales, supers, kind, planes.in_features, dtype)
+        kind, k, n = planes.format.ggml_type, planes.in_features, planes.out_features
+        step = max(1, _SCRATCH_BYTES // (k * dtype.itemsize))
+        if n <= step:
+            yield expand_planes(*planes.tensors, kind, k, dtype), bias, out
+            return
+        for start in range(0, n, step):
+            part = slice(start, start + step)
+            some = [None if t is None else t[part] for t in planes.tensors]
+            weight = expand_planes(*some, kind, k, dtype)
+            yield weight, None if bias is None else bias[part], out[:, part]
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:

@@ -64,7 +64,7 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         watch(gemv, name)
     for name in ("plane_gemm", "plane_gemm_add"):
         watch(gemm, name)
-    for name in ("rms_norm", "expand_planes"):
+    for name in ("quantize_rows", "norm_quantize_rows", "rms_norm", "expand_planes"):
         watch(plane_weight, name)
     return seen
 
@@ -149,8 +149,8 @@ def test_a_row_does_not_depend_on_its_company() -> None:
 @pytest.mark.parametrize(
     ("rows", "dtype", "expected"),
     [
-        (1, torch.bfloat16, ["plane_gemv", "plane_gemv"]),
-        (8, torch.float32, ["plane_gemv", "plane_gemv"]),
+        (1, torch.bfloat16, ["norm_quantize_rows", "plane_gemv", "plane_gemv"]),
+        (8, torch.float32, ["norm_quantize_rows", "plane_gemv", "plane_gemv"]),
         (2, torch.bfloat16, ["rms_norm", "plane_gemm", "plane_gemm"]),
         (9, torch.float32, ["rms_norm", "expand_planes", "expand_planes"]),
         (gemm.MAX_ROWS + 1, torch.float16, ["rms_norm", "expand_planes", "expand_planes"]),

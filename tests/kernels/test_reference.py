@@ -17,7 +17,8 @@ CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Operators whose formulas are in a test file of their own.
 ELSEWHERE = {
-    "test_planes": "expand_planes plane_rows plane_gemv plane_gemv_add",
+    "test_planes": "expand_planes plane_rows quantize_rows norm_quantize_rows plane_gemv "
+    "plane_gemv_add",
     "test_sample": "sample_tokens_ penalize_ count_tokens_ gather_ids",
 }
 HERE = [
