@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from squall.kernels.cases import BOTH, Case, random
-from squall.kernels.lang import tl, triton
+from squall.kernels.lang import tl
+from squall.kernels.launch import kernel
 from squall.kernels.op import op
 
 
@@ -32,7 +33,7 @@ def gelu_tanh_mul_reference(x: Tensor) -> Tensor:
     return F.gelu(gate.float(), approximate="tanh").mul_(up).to(x.dtype)
 
 
-@triton.jit
+@kernel
 def _gated_kernel(  # type: ignore[no-untyped-def]
     x_ptr, y_ptr, row_stride, FEATURES: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -56,7 +57,7 @@ def _launch(x: Tensor, gelu: bool) -> Tensor:
     assert x.shape[1] % 2 == 0, f"x {x.shape}"
     assert x.stride(1) == 1, "rows must be dense"
     rows, features = x.shape[0], x.shape[1] // 2
-    y = torch.empty((rows, features), dtype=x.dtype, device=x.device)
+    y = torch.empty(rows, features, dtype=x.dtype, device=x.device)
     if rows == 0:
         return y
     block = 1024

@@ -50,11 +50,11 @@ HAS_TRITON = False
 try:
     import triton as _triton
     import triton.language as _language
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    from triton.tools.tensor_descriptor import TensorDescriptor as _TensorDescriptor
 except ImportError:
     pass
 else:
-    triton, tl, HAS_TRITON = _triton, _language, True
+    triton, tl, TensorDescriptor, HAS_TRITON = _triton, _language, _TensorDescriptor, True
 
 
 @triton.jit

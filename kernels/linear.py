@@ -14,22 +14,24 @@ None; ``stream`` is the float32 residual stream; rows of activations may be stri
 ``linear_add(x, w, bias, stream)``
     ``stream [M, N] += x w^T + bias``, in place, without rounding the product.
 
-A GPU has three ways, chosen by the number of rows M, which bounds what can be gained: a GEMV that
+A GPU has four ways, chosen by the number of rows M, which bounds what can be gained: a GEMV that
 fuses everything (``linear_gemv``, one row), a tensor-core kernel that runs at memory speed
-(``linear_skinny``, up to 256 rows where it was measured to win, up to 64 elsewhere), and the
-vendor's library for the rest. ``tuned("linear", "n<N>-k<K>-m<bucket of M>")``
-overrides the choice. float32 weights go to the library, without TF32.
+(``linear_skinny``, up to 64 rows), one for Hopper that fuses as much and shares more of its reads
+(``linear_gemm``), and the vendor's library. ``tuned("linear", "n<N>-k<K>-m<bucket of M>")`` decides
+up to 256 rows; without it, and above, the library has what is beyond 64 rows. float32 weights go to
+the library, without TF32.
 """
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from squall.kernels import linear_gemv, linear_skinny
+from squall.kernels import linear_gemm, linear_gemv, linear_skinny
 from squall.kernels.activation import (
     ACTIVATIONS,
     gelu_tanh_mul_launcher,
@@ -45,6 +47,9 @@ from squall.kernels.tuning import Config, Problem, Tunable, tuned
 _SCRATCH_WEIGHTS = 4 << 20  # converted to float32 at a time: 16 MiB
 _CUBLAS: Config = MappingProxyType({"cublas": 1})
 _MAX_UNTUNED_SKINNY = 64
+# Before, addmm wants its addend in the dtype of the factors. Compared once: each comparison of
+# versions takes as long as a product's launch.
+_ADDS_FLOAT32 = torch.__version__ >= "2.10"
 
 _GATES: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {"none": lambda y: y, "silu": silu_mul_launcher, "gelu_tanh": gelu_tanh_mul_launcher}
@@ -108,10 +113,10 @@ def blas_add(x: Tensor, w: Tensor, bias: Tensor | None, stream: Tensor) -> None:
     if w.dtype == torch.float32 or not x.is_cuda:
         linear_add_reference(x, w, bias, stream)
         return
-    if torch.__version__ < "2.10":  # it wants the addend in the dtype of the factors
-        stream.add_(torch.mm(x, w.t(), out_dtype=torch.float32))
-    else:
+    if _ADDS_FLOAT32:
         torch.addmm(stream, x, w.t(), out_dtype=torch.float32, out=stream)
+    else:
+        stream.add_(torch.mm(x, w.t(), out_dtype=torch.float32))
     if bias is not None:
         stream.add_(bias)
 
@@ -121,6 +126,7 @@ def _bucket(rows: int) -> int:
     return 1 if rows == 1 else max(8, next_power_of_2(rows))
 
 
+@functools.cache
 def _key(n: int, k: int, bucket: int) -> str:
     return f"n{n}-k{k}-m{bucket}"
 
@@ -131,6 +137,8 @@ def _choose(rows: int, w: Tensor, gated: bool) -> Config:
     if w.dtype == torch.float32 or bucket > linear_skinny.MAX_ROWS:
         return _CUBLAS
     found = tuned("linear", _key(n, k, bucket), w.device)
+    if found and "gemm" in found and not linear_gemm.supports(w, gated, found["split"]):
+        found = None
     # The table does not say what a weight is for: a tile of one row has no gate and up.
     if found is not None and not (gated and found.get("rows", 2) < 2):
         return found
@@ -141,14 +149,22 @@ def _choose(rows: int, w: Tensor, gated: bool) -> Config:
     return _CUBLAS
 
 
+def _fused(x: Tensor, w: Tensor, epilogue: Epilogue, config: Config) -> None:
+    if "gemv" in config:
+        linear_gemv.gemv(x, w, epilogue, config)
+    elif "gemm" in config:
+        linear_gemm.gemm(x, w, epilogue, config)
+    else:
+        linear_skinny.skinny(x, w, epilogue, config)
+
+
 def _linear(
     x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype, config: Config
 ) -> Tensor:
     if "cublas" in config:
         return blas(x, w, bias, dtype)
     y = torch.empty((x.shape[0], w.shape[0]), dtype=dtype, device=x.device)
-    run = linear_gemv.gemv if "gemv" in config else linear_skinny.skinny
-    run(x, w, Epilogue(y, bias), config)
+    _fused(x, w, Epilogue(y, bias), config)
     return y
 
 
@@ -172,7 +188,7 @@ def _norm_linear(
     if "gemv" in config:
         linear_gemv.gemv(stream, w, epilogue, config, norm, eps)
     else:
-        linear_skinny.skinny(x, w, epilogue, config)
+        _fused(x, w, epilogue, config)
     return y
 
 
@@ -180,8 +196,7 @@ def _linear_add(x: Tensor, w: Tensor, bias: Tensor | None, stream: Tensor, confi
     if "cublas" in config:
         blas_add(x, w, bias, stream)
         return
-    run = linear_gemv.gemv if "gemv" in config else linear_skinny.skinny
-    run(x, w, Epilogue(stream, bias, add=True), config)
+    _fused(x, w, Epilogue(stream, bias, add=True), config)
 
 
 def linear_launcher(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -368,10 +383,10 @@ def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
     for n, k in shapes:
         gated = 4 * k <= n <= 65536
         for bucket in (1, 8, 16, 32, 64, 128, 256):
-            if bucket == 1:
-                found = linear_gemv.candidates(k, gated)
-            else:
-                found = linear_skinny.candidates(bucket, n // 2 if gated else n, k, gated)
+            found: Iterable[Config] = linear_gemv.candidates(k, gated)
+            if bucket > 1:
+                size = bucket, n // 2 if gated else n, k, gated
+                found = (*linear_skinny.candidates(*size), *linear_gemm.candidates(*size))
 
             def build(
                 device: torch.device, n: int = n, k: int = k, rows: int = bucket

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from squall.kernels.lang import next_power_of_2, tl, triton
+from squall.kernels.launch import kernel
 from squall.kernels.linear_epilogue import Epilogue, finish_row, weight_rows
 from squall.kernels.op import multiprocessors
 from squall.kernels.tuning import Config
@@ -60,7 +61,7 @@ def _load_rows(  # type: ignore[no-untyped-def]
     return tl.load(source, mask=mask, other=0, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["features", "eps"])
+@kernel(do_not_specialize=["features", "eps"])
 def _gemv_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     norm_ptr,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from squall.kernels.counters import COUNT, counters
-from squall.kernels.lang import next_power_of_2, tl, triton
+from squall.kernels.lang import next_power_of_2, tl
+from squall.kernels.launch import kernel
 from squall.kernels.linear_epilogue import Epilogue, finish_tile, prefetch, weight_rows
 from squall.kernels.op import multiprocessors
 from squall.kernels.tuning import Config
@@ -24,7 +25,7 @@ from squall.kernels.tuning import Config
 MAX_ROWS = 256
 
 
-@triton.jit(do_not_specialize=["rows", "features"])
+@kernel(do_not_specialize=["rows", "features"])
 def _skinny_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     w_ptr,
@@ -125,7 +126,7 @@ def candidates(bucket: int, features: int, k: int, gated: bool) -> Iterator[Conf
     elif bucket <= 64:
         tiles = ((64, 64, 4, 6), (64, 128, 4, 4), (128, 64, 4, 5), (128, 64, 8, 6))
     else:
-        tiles = ((64, 64, 4, 4), (128, 64, 8, 4), (128, 128, 8, 3))
+        tiles = ((64, 64, 4, 4), (128, 64, 8, 4))
     for block_n, block_k, warps, stages in tiles:
         count = -(-weights // block_n)
         steps = -(-k // block_k)

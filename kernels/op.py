@@ -16,6 +16,7 @@ import torch
 
 from squall.kernels.backends import device as backends
 from squall.kernels.lang import triton
+from squall.kernels.launch import current_device_of
 
 NAMESPACE = "squall"
 # FRAGMENT and not DEF: a second copy of this module in one process must not fail.
@@ -47,8 +48,8 @@ def op(
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake or reference, lib=_LIBRARY)
     if launcher is not None:
-        for key in ("CUDA", "XPU"):
-            override(name, key, _on_its_device(launcher))
+        override(name, "CUDA", _on_its_device(launcher, torch.cuda))
+        override(name, "XPU", _on_its_device(launcher, torch.xpu))
     for key, fn in backends.overrides(name):
         override(name, key, fn)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -68,16 +69,17 @@ def _canonical(schema: str) -> str:
     return str(torch._C.parse_schema(f"{NAMESPACE}::{schema}"))
 
 
-def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
-    """Launch on the first argument's device: Triton itself launches on the current one."""
+def _on_its_device(launcher: Callable[..., Any], module: Any) -> Callable[..., Any]:
+    """Launch on the first argument's device: Triton itself launches on the current one. ``module``
+    is ``torch.cuda`` or ``torch.xpu``."""
+    current_device = current_device_of(module)
 
     @functools.wraps(launcher)
     def run(first: torch.Tensor, *rest: Any) -> Any:
-        device = first.device
-        module = torch.cuda if device.type == "cuda" else torch.xpu
-        if device.index == module.current_device():
+        index = first.get_device()
+        if index == current_device():
             return launcher(first, *rest)
-        with module.device(device):
+        with module.device(index):
             return launcher(first, *rest)
 
     return run

@@ -7,6 +7,7 @@ be strided, columns are dense. ``rms_norm_add`` adds y, unrounded, to ``stream``
 in place: the norms Gemma has behind attention and MLP.
 """
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from squall.kernels.cases import BF16, BOTH, Case, random
-from squall.kernels.lang import next_power_of_2, tl, triton, wait_for_inputs
+from squall.kernels.lang import next_power_of_2, tl, wait_for_inputs
+from squall.kernels.launch import kernel
 from squall.kernels.op import dependent_launch, op
 
 MAX_DIM = 16384
@@ -29,7 +31,7 @@ def rms_norm_add_reference(x: Tensor, weight: Tensor, eps: float, stream: Tensor
     stream.add_(F.rms_norm(x.float(), weight.shape, weight, eps))
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     weight_ptr,
@@ -60,6 +62,7 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     tl.store(target, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@functools.cache
 def _tile(dim: int) -> tuple[int, int, int]:
     """Columns, rows and warps of one program for rows of ``dim`` elements."""
     assert 1 <= dim <= MAX_DIM, f"rows of {dim} elements; 1 to {MAX_DIM} are supported"
@@ -84,7 +87,7 @@ def _launch(x: Tensor, weight: Tensor, eps: float, y: Tensor, add: bool) -> None
 
 
 def rms_norm_launcher(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
+    y = torch.empty(*x.shape, dtype=dtype, device=x.device)
     _launch(x, weight, eps, y, add=False)
     return y
 

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from squall.kernels.cases import Case, random
-from squall.kernels.lang import tl, triton
+from squall.kernels.lang import tl
+from squall.kernels.launch import kernel
 from squall.kernels.op import op
 
 # mypy: disable-error-code="no-untyped-def"
@@ -81,7 +82,7 @@ def gather_ids_reference(sampled: Tensor, source: Tensor) -> Tensor:
     return torch.where(source >= 0, taken, -1 - source).clamp(min=0).int()
 
 
-@triton.jit
+@kernel
 def _penalize_kernel(
     logits_ptr,
     counts_ptr,
@@ -110,7 +111,7 @@ def _penalize_kernel(
         tl.store(target, x - tl.load(presence_ptr + row), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _count_kernel(counts_ptr, slots_ptr, ids_ptr, rows, counts_stride, BLOCK: tl.constexpr):
     """Grid (blocks of rows,)."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -121,7 +122,7 @@ def _count_kernel(counts_ptr, slots_ptr, ids_ptr, rows, counts_stride, BLOCK: tl
     )
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _gather_kernel(sampled_ptr, source_ptr, out_ptr, rows, BLOCK: tl.constexpr):
     """Grid (blocks of rows,)."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

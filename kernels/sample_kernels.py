@@ -10,6 +10,7 @@ a chunk; ``arrived`` int32 ``[S]``, the programs that are done with their chunks
 """
 
 from squall.kernels.lang import tl, triton
+from squall.kernels.launch import kernel
 from squall.kernels.sample_search import (
     choose_from_list,
     choose_from_row,
@@ -28,7 +29,7 @@ from squall.kernels.sample_search import (
 # mypy: disable-error-code="no-untyped-def"
 
 
-@triton.jit
+@kernel
 def _survey_kernel(
     logits_ptr,
     temperature_ptr,
@@ -244,7 +245,7 @@ def _draw_cut(
     return token
 
 
-@triton.jit(do_not_specialize=["programs"])
+@kernel(do_not_specialize=["programs"])
 def _draw_kernel(
     logits_ptr,
     temperature_ptr,

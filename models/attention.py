@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from squall.kernels.attention.decode_step import decode_attention
 from squall.kernels.attention.paged import paged_attention
 from squall.kernels.attention.prompt import prefill_attention
 from squall.kernels.attention.rope_store import rope_store_kv
@@ -55,15 +56,17 @@ class Attention:
         """What goes into ``out``: ``[T, hidden]`` float32 -> ``[T, heads * head_dim]``. Writes this
         step's keys and values into the cache."""
         qkv = self.qkv.of_norm(stream, norm, self.eps)
-        q = rope_store_kv(
-            qkv, self.q_norm, self.k_norm, self.eps, batch.positions, rope, *cache, batch.slots
-        )
+        rotary = self.q_norm, self.k_norm, self.eps, batch.positions, rope, *cache, batch.slots
         limits = self.scale, self.window, self.softcap, None
         index = batch.block_tables, batch.query_start, batch.context_lens
         longest = batch.max_query_len, batch.max_context_len
+        if self.attend is None and batch.max_query_len == 1:
+            mixed = decode_attention(qkv, *rotary, *index, batch.max_context_len, *limits)
+            return mixed.view(stream.shape[0], -1)
+        q = rope_store_kv(qkv, *rotary)
         if self.attend is not None:
             mixed = self.attend(q, *cache, *index, *longest, *limits)
-        elif batch.query_lens and batch.max_query_len > 1:
+        elif batch.query_lens:
             lengths = batch.query_lens, batch.contexts
             mixed = prefill_attention(q, *cache, *index, *lengths, *limits)
         else:

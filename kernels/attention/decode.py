@@ -9,123 +9,32 @@ sequence. The rest take further parts, shared out by every program for itself fr
 any mix of context lengths, and programs without a part return at once. Arguments are those of
 ``squall.kernels.attention.paged``.
 
+A decode step's queries and newest keys come as they are in qkv (``decode_step``): every program
+turns its own queries, and the one with the newest key of a sequence turns and stores that. The
+newest key never is read from the cache in the launch that writes it: it opens the running softmax
+from registers, so nothing depends on the order of stores and loads.
+
 Launches on one device must not overlap in time: they share the counters.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from squall.kernels.attention.fp8 import read, value_as
+from squall.kernels.attention.fp8 import read, stored_as, value_as, written
+from squall.kernels.attention.parts import finish, merge, part_of, tiles_of
+from squall.kernels.attention.rope import load_angles, load_heads, turned
 from squall.kernels.attention.tile import dot_precision, nearest_keys, padded_dim, softcapped
 from squall.kernels.counters import COUNT, counters
-from squall.kernels.lang import next_power_of_2, tl, triton, wait_for_inputs
-from squall.kernels.op import dependent_launch, multiprocessors
+from squall.kernels.lang import next_power_of_2, tl, wait_for_inputs
+from squall.kernels.launch import kernel
+from squall.kernels.linear_epilogue import prefetch
+from squall.kernels.op import dependent_launch, has_ptx, multiprocessors
 from squall.kernels.tuning import Config, tuned
 
 
-@triton.jit
-def _tiles(context, TILE: tl.constexpr, WINDOW: tl.constexpr):  # type: ignore[no-untyped-def]
-    """First tile with a visible key, and the number of tiles from there on."""
-    first = context * 0
-    if WINDOW > 0:
-        first = tl.maximum(context - WINDOW, 0) // TILE
-    return first, (context + TILE - 1) // TILE - first
-
-
-@triton.jit
-def _part_of(  # type: ignore[no-untyped-def]
-    slot,
-    context_lens_ptr,
-    sequences,
-    slots,
-    BLOCK_SEQS: tl.constexpr,
-    MIN_TILES: tl.constexpr,
-    TILE: tl.constexpr,
-    WINDOW: tl.constexpr,
-):
-    """(sequence, its part, its parts, row of its second part) of a slot; no parts: no work.
-
-    The share of a part is chosen so that the parts beyond each sequence's first, the sum of
-    ceil(tiles / share) - 1, fit into the slots beyond the first S.
-    """
-    if BLOCK_SEQS == 1:
-        tiles = _tiles(tl.load(context_lens_ptr), TILE, WINDOW)[1]
-        share = tl.maximum((tiles + slots - 1) // slots, MIN_TILES)
-        parts = (tiles + share - 1) // share
-        sequence = slot * 0
-        part = slot
-        second = sequence + 1
-    else:
-        s = tl.arange(0, BLOCK_SEQS)
-        contexts = tl.load(context_lens_ptr + s, mask=s < sequences, other=0)
-        tiles = _tiles(contexts, TILE, WINDOW)[1]
-        more = slots - sequences
-        share = tl.maximum((tl.sum(tiles, axis=0) + more - 1) // more, MIN_TILES)
-        all_parts = (tiles + share - 1) // share
-        further = tl.maximum(all_parts - 1, 0)
-        sequence = slot
-        if slot >= sequences:
-            ends = tl.cumsum(further, axis=0)
-            sequence = tl.sum((ends <= slot - sequences).to(tl.int32), axis=0)
-        second = sequences + tl.sum(tl.where(s < sequence, further, 0), axis=0)
-        parts = tl.sum(tl.where(s == sequence, all_parts, 0), axis=0)
-        part = tl.where(slot < sequences, 0, slot - second + 1)
-    return sequence, part, tl.where(part < parts, parts, 0), second
-
-
-@triton.jit
-def _finish(  # type: ignore[no-untyped-def]
-    out_ptr, sinks_ptr, peak, total, acc, token, head, used,
-    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SINKS: tl.constexpr,
-):  # fmt: skip
-    """Divide by the sum of weights, with the sink's among them, and write."""
-    if SINKS:
-        sink = tl.load(sinks_ptr + head, mask=used, other=0.0) * 1.4426950408889634
-        highest = tl.maximum(peak, sink)
-        decay = tl.exp2(peak - highest)
-        total = total * decay + tl.exp2(sink - highest)
-        acc = acc * decay[:, None]
-    d = tl.arange(0, BLOCK_DIM)
-    y = acc / tl.where(used, total, 1.0)[:, None]
-    target = out_ptr + (token * HEADS + head)[:, None] * DIM + d[None, :]
-    tl.store(target, y.to(out_ptr.dtype.element_ty), mask=used[:, None] & (d < DIM)[None, :])
-
-
-@triton.jit
-def _merge(  # type: ignore[no-untyped-def]
-    partial_ptr, lse_ptr, out_ptr, sinks_ptr, sequence, parts, second, token, first_head, end_head,
-    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SINKS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr, BLOCK_PARTS: tl.constexpr,
-):  # fmt: skip
-    """Weigh the parts by exp2(lse). Other programs wrote them: read from L2, not from L1."""
-    head = first_head + tl.arange(0, BLOCK_HEADS)
-    used = head < end_head
-    d = tl.arange(0, BLOCK_DIM)
-    peak = tl.where(used, float("-inf"), 0.0)
-    total = tl.zeros([BLOCK_HEADS], dtype=tl.float32)
-    acc = tl.zeros([BLOCK_HEADS, BLOCK_DIM], dtype=tl.float32)
-    for base in range(0, parts, BLOCK_PARTS):
-        part = base + tl.arange(0, BLOCK_PARTS)
-        slot = tl.where(part == 0, sequence, second + part - 1).to(tl.int64)
-        row = slot[None, :] * HEADS + head[:, None]
-        there = used[:, None] & (part < parts)[None, :]
-        lse = tl.load(lse_ptr + row, mask=there, other=float("-inf"), cache_modifier=".cg")
-        values = tl.load(
-            partial_ptr + row[:, :, None] * DIM + d[None, None, :],
-            mask=there[:, :, None] & (d < DIM)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        new_peak = tl.maximum(peak, tl.max(lse, axis=1))
-        decay = tl.exp2(peak - new_peak)
-        weights = tl.exp2(lse - new_peak[:, None])
-        total = total * decay + tl.sum(weights, axis=1)
-        acc = acc * decay[:, None] + tl.sum(values * weights[:, :, None], axis=1)
-        peak = new_peak
-    _finish(out_ptr, sinks_ptr, peak, total, acc, token, head, used, HEADS, DIM, BLOCK_DIM, SINKS)
-
-
-@triton.jit(do_not_specialize=["sequences", "slots", "table_stride"])
+@kernel(do_not_specialize=["sequences", "slots", "table_stride"])
 def _decode_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     k_ptr,
@@ -138,11 +47,19 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     query_start_ptr,
     context_lens_ptr,
     sinks_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    positions_ptr,
+    angles_ptr,
+    places_ptr,
+    new_k_ptr,
+    new_v_ptr,
     sequences,
     slots,
     table_stride,
     q_token_stride,
     q_head_stride,
+    eps,
     scale,
     softcap,
     KV_HEADS: tl.constexpr,
@@ -159,18 +76,25 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
+    HALF: tl.constexpr,
+    Q_NORM: tl.constexpr,
+    K_NORM: tl.constexpr,
     PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid (slots * kv heads * blocks of a group's query heads,); a part's result goes to
     ``partial_ptr`` f32 [slots, H, DIM], the log2 of its sum of weights to ``lse_ptr`` [slots, H],
-    unless it is the only one."""
+    unless it is the only one. HALF 0: queries are ready, and the newest key is in the cache."""
     wait_for_inputs(PDL)
     HEADS: tl.constexpr = KV_HEADS * GROUP
     head_blocks: tl.constexpr = (GROUP + BLOCK_HEADS - 1) // BLOCK_HEADS
     program = tl.program_id(0) % (KV_HEADS * head_blocks)
     slot = tl.program_id(0) // (KV_HEADS * head_blocks)
-    sequence, part, parts, second = _part_of(
+    # Of a first part, before it is known to be one: these loads wait for no other.
+    token = tl.load(query_start_ptr + tl.minimum(slot, sequences - 1))
+    next_token = tl.load(query_start_ptr + tl.minimum(slot, sequences - 1) + 1)
+    sequence, context, part, parts, second = part_of(
         slot, context_lens_ptr, sequences, slots, BLOCK_SEQS, MIN_TILES, TILE, WINDOW
     )
     kv_head = program // head_blocks
@@ -180,39 +104,90 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     head = first_head + tl.arange(0, BLOCK_HEADS)
     used = head < end_head
     if parts == 0:
-        if slot < sequences:
-            token = tl.load(query_start_ptr + slot).to(tl.int64)
-            if tl.load(query_start_ptr + slot + 1) > token:
-                target = out_ptr + (token * HEADS + head)[:, None] * DIM + d[None, :]
-                zero = tl.zeros([BLOCK_HEADS, BLOCK_DIM], dtype=out_ptr.dtype.element_ty)
-                tl.store(target, zero, mask=used[:, None] & (d < DIM)[None, :])
+        if (slot < sequences) & (token < next_token):
+            target = out_ptr + (token.to(tl.int64) * HEADS + head)[:, None] * DIM + d[None, :]
+            zero = tl.zeros([BLOCK_HEADS, BLOCK_DIM], dtype=out_ptr.dtype.element_ty)
+            tl.store(target, zero, mask=used[:, None] & (d < DIM)[None, :])
         return
-    token = tl.load(query_start_ptr + sequence).to(tl.int64)
-    if tl.load(query_start_ptr + sequence + 1) <= token:
+    if BLOCK_SEQS > 1:  # noqa: SIM102 (known when it is compiled)
+        if slot >= sequences:
+            token = tl.load(query_start_ptr + sequence)
+            next_token = tl.load(query_start_ptr + sequence + 1)
+    if next_token <= token:
         return
-    context = tl.load(context_lens_ptr + sequence)
-    q_offsets = token * q_token_stride + head[:, None].to(tl.int64) * q_head_stride + d[None, :]
-    q = tl.load(q_ptr + q_offsets, mask=used[:, None] & (d < DIM)[None, :], other=0.0)
+    token = token.to(tl.int64)
 
-    first_tile, tiles = _tiles(context, TILE, WINDOW)
+    first_tile, tiles = tiles_of(context, TILE, WINDOW)
     start = first_tile + part * tiles // parts
     end = first_tile + (part + 1) * tiles // parts
     first_key = tl.maximum(context - WINDOW, 0) if WINDOW > 0 else 0
+    cached = context
+    readable = context
+    if HALF > 0:
+        # The newest key does not go through the loop; its tile, the last, may hold no other.
+        cached = context - 1
+        readable = tl.maximum(cached, 1)
+        end = start if WINDOW == 1 else tl.minimum(end, (cached + TILE - 1) // TILE)
     table = table_ptr + sequence.to(tl.int64) * table_stride
     k_base = k_ptr + kv_head * DIM
     v_base = v_ptr + kv_head * DIM
+    # Keys out of range are read as the nearest one in range: always finite, then masked.
+    near = nearest_keys(start, first_key, readable, TILE, WINDOW)
+    block = tl.load(table + near // BLOCK_SIZE)
+    q_row = q_ptr + token * q_token_stride
+    if HALF > 0:
+        # All loads first, in the order in which they are needed.
+        position = tl.load(positions_ptr + token).to(tl.int64)
+        place = tl.load(places_ptr + token).to(tl.int64)
+        newest = part == parts - 1
+        # The key is turned in every row of a tile like that of q: their product needs no exchange.
+        q, q_partner = load_heads(q_row, head, used, DIM, HALF, BLOCK_DIM)
+        kv_row = q_row + (HEADS + kv_head) * DIM
+        new_k, k_partner = load_heads(kv_row, head * 0, used & newest, DIM, HALF, BLOCK_DIM)
+        new_v = tl.load(kv_row + KV_HEADS * DIM + d, mask=newest & (d < DIM), other=0.0)
+    else:
+        q_place = head[:, None].to(tl.int64) * q_head_stride + d[None, :]
+        q = tl.load(q_row + q_place, mask=used[:, None] & (d < DIM)[None, :], other=0.0)
+    if PTX:
+        # The loop starts its loads when the query is ready: until then, the first tile comes to L2.
+        ROW: tl.constexpr = BLOCK_DIM * k_ptr.dtype.element_ty.primitive_bitwidth // 8
+        BYTES: tl.constexpr = ROW if ROW > 128 else 128
+        first = (block.to(tl.int64) * BLOCK_SIZE + near % BLOCK_SIZE) * (KV_HEADS * DIM)
+        prefetch(k_base + first[:, None], 0, DIM, BYTES)
+        prefetch(v_base + first[:, None], 0, DIM, BYTES)
     peak = tl.full([BLOCK_HEADS], float("-inf"), dtype=tl.float32)
     # Summed over the tile only in the end: one reduction between warps less for every tile.
     totals = tl.zeros([BLOCK_HEADS, TILE], dtype=tl.float32)
     acc = tl.zeros([BLOCK_HEADS, BLOCK_DIM], dtype=tl.float32)
-    # Keys out of range are read as the nearest one in range: always finite, then masked.
-    near = nearest_keys(start, first_key, context, TILE, WINDOW)
-    block = tl.load(table + near // BLOCK_SIZE)
+    if HALF > 0:
+        cos, sin = load_angles(angles_ptr + position * (2 * HALF), HALF, BLOCK_DIM)
+        q = turned(q, q_partner, q_norm_ptr, eps, cos, sin, DIM, HALF, BLOCK_DIM, Q_NORM)
+        q = q.to(q_ptr.dtype.element_ty)
+        new_k = turned(new_k, k_partner, k_norm_ptr, eps, cos, sin, DIM, HALF, BLOCK_DIM, K_NORM)
+        new_k = stored_as(new_k, new_k_ptr.dtype.element_ty)
+        new_v = stored_as(new_v.to(tl.float32), new_v_ptr.dtype.element_ty)
+        # One of the programs that share a kv head stores for all; none reads what it stores.
+        stores = newest & (place >= 0) & (program % head_blocks == 0) & (d < DIM)
+        copies = (head * 0)[:, None]
+        target = place * (KV_HEADS * DIM) + kv_head * DIM + d
+        once = (head == first_head)[:, None] & stores[None, :]
+        tl.store(new_k_ptr + target[None, :] + copies, new_k, mask=once)
+        tl.store(new_v_ptr + target, new_v, mask=stores)
+        if newest & (place < 0):
+            place = tl.load(table + cached // BLOCK_SIZE).to(tl.int64) * BLOCK_SIZE
+            source = (place + cached % BLOCK_SIZE) * (KV_HEADS * DIM) + kv_head * DIM + d
+            mask = used[:, None] & (d < DIM)[None, :]
+            new_k = tl.load(new_k_ptr + source[None, :] + copies, mask=mask, other=0)
+            new_v = tl.load(new_v_ptr + source, mask=d < DIM, other=0)
+        products = tl.sum(q.to(tl.float32) * value_as(new_k, q.dtype).to(tl.float32), axis=1)
+        peak = tl.where(newest, softcapped(products, scale, softcap, SOFTCAP), peak)
+        totals = tl.where(newest & (tl.arange(0, TILE) == 0)[None, :], 1.0, totals)
+        acc = tl.where(newest, value_as(new_v, q.dtype).to(tl.float32)[None, :], acc)
     for tile in range(start, end):
         rows = (block.to(tl.int64) * BLOCK_SIZE + near % BLOCK_SIZE) * (KV_HEADS * DIM)
         offsets = rows[:, None] + d[None, :]
         # The next tile's blocks are looked up here, so that the loads of its keys wait for nothing.
-        near = nearest_keys(tile + 1, first_key, context, TILE, WINDOW)
+        near = nearest_keys(tile + 1, first_key, readable, TILE, WINDOW)
         block = tl.load(table + near // BLOCK_SIZE)
         if DIM == BLOCK_DIM:
             k = value_as(tl.load(k_base + offsets), q.dtype)
@@ -223,7 +198,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         scores = softcapped(scores, scale, softcap, SOFTCAP)
         key = tile * TILE + tl.arange(0, TILE)
-        scores = tl.where(((key >= first_key) & (key < context))[None, :], scores, float("-inf"))
+        scores = tl.where(((key >= first_key) & (key < cached))[None, :], scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_peak[:, None])
         decay = tl.exp2(peak - new_peak)
@@ -234,7 +209,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     total = tl.sum(totals, axis=1)
 
     if parts == 1:
-        _finish(
+        finish(
             out_ptr, sinks_ptr, peak, total, acc, token, head, used, HEADS, DIM, BLOCK_DIM, SINKS
         )
         return
@@ -247,11 +222,22 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     counter = counter_ptr + sequence * (KV_HEADS * head_blocks) + program
     if tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1:
         tl.debug_barrier()
-        _merge(
+        merge(
             partial_ptr, lse_ptr, out_ptr, sinks_ptr, sequence, parts, second, token,
             first_head, end_head, HEADS, DIM, BLOCK_DIM, SINKS, MERGE_HEADS, MERGE_PARTS,
         )  # fmt: skip
         tl.store(counter, 0)
+
+
+class Rope(NamedTuple):
+    """What turns queries and keys, as in ``squall.kernels.attention.rope_store``."""
+
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    eps: float
+    positions: Tensor
+    cos_sin: Tensor
+    slots: Tensor
 
 
 def _bucket(n: int) -> int:
@@ -272,6 +258,13 @@ def _rule(block_dim: int, itemsize: int, batch: int) -> Config:
     return {"tile": tile, "warps": 4, "stages": 3, "programs": programs, "min_keys": min_keys}
 
 
+def _slots(sequences: int, most: int, wanted: int) -> int:
+    """How many parts may be worked on at once, where a sequence has ``most`` of them at most."""
+    if sequences == 1:
+        return min(wanted, max(1, most))
+    return sequences + max(1, min(wanted, sequences * (most - 1)))
+
+
 def decode(
     q: Tensor,
     k_cache: Tensor,
@@ -281,9 +274,13 @@ def decode(
     sinks: Tensor | None,
     out: Tensor,
     config: Config | None = None,
+    rope: Rope | None = None,
 ) -> None:
     """Launch; ``index`` is (block_tables, query_start, context_lens), ``limits`` (scale, window,
-    softcap). Without ``config`` the launch parameters are the tuned ones or follow a rule."""
+    softcap). Without ``config`` the launch parameters are the tuned ones or follow a rule.
+
+    With ``rope``, ``q`` is the first part of the rows of qkv as it came out of its product (the kv
+    heads are read behind it), and what ``rope_store_kv`` does is done on the way."""
     tables, query_start, context_lens = index
     scale, window, softcap = limits
     heads, dim = q.shape[1:]
@@ -300,19 +297,22 @@ def decode(
     merge_parts = max(1, min(16, 1024 * warps // (merge_heads * block_dim)))
     programs = kv_heads * -(-group // block_heads)
     wanted = -(-config["programs"] * multiprocessors(q.device) // programs)
-    most = -(-tables.shape[1] * block_size // (tile * min_tiles))  # parts of a sequence
-    slots = min(wanted, max(1, most))
-    if sequences > 1:
-        slots = sequences + max(1, min(wanted, sequences * (most - 1)))
+    slots = _slots(sequences, -(-tables.shape[1] * block_size // (tile * min_tiles)), wanted)
     assert sequences * programs <= COUNT, f"{sequences} sequences, {programs} programs each"
     partial = torch.empty((slots, heads, dim), dtype=torch.float32, device=q.device)
     lse = torch.empty((slots, heads), dtype=torch.float32, device=q.device)
+    unused = Rope(None, None, 0.0, query_start, lse, query_start)
+    q_norm, k_norm, eps, positions, cos_sin, places = rope or unused
     pdl = dependent_launch(q.device)
     _decode_kernel[(slots * programs,)](
         q, read(k_cache), read(v_cache), out, partial, lse, counters(q.device), tables,
-        query_start, context_lens, lse if sinks is None else sinks, sequences, slots,
-        tables.stride(0), q.stride(0), q.stride(1), scale, softcap,
+        query_start, context_lens, lse if sinks is None else sinks,
+        lse if q_norm is None else q_norm, lse if k_norm is None else k_norm, positions, cos_sin,
+        places, written(k_cache), written(v_cache), sequences, slots, tables.stride(0),
+        q.stride(0), q.stride(1), eps, scale, softcap,
         kv_heads, group, dim, block_dim, block_heads, merge_heads, merge_parts, block_size, batch,
-        tile, min_tiles, window, softcap > 0, sinks is not None, dot_precision(q.device),
-        bool(pdl), num_warps=warps, num_stages=config["stages"], **pdl,
+        tile, min_tiles, window, softcap > 0, sinks is not None,
+        0 if rope is None else cos_sin.shape[1] // 2, q_norm is not None, k_norm is not None,
+        dot_precision(q.device), has_ptx(q.device), bool(pdl), num_warps=warps,
+        num_stages=config["stages"], **pdl,
     )  # fmt: skip

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from squall.kernels.attention.fp8 import read, value_as
 from squall.kernels.cases import BF16, Case, random
-from squall.kernels.lang import tl, triton
+from squall.kernels.lang import tl
+from squall.kernels.launch import kernel
 from squall.kernels.op import op
 
 
@@ -32,7 +33,7 @@ def _fake(
     return k, v
 
 
-@triton.jit(do_not_specialize=["length"])
+@kernel(do_not_specialize=["length"])
 def _gather_kernel(  # type: ignore[no-untyped-def]
     k_cache_ptr, v_cache_ptr, k_ptr, v_ptr, table_ptr, length,
     BLOCK_SIZE: tl.constexpr, ROW: tl.constexpr, BLOCK: tl.constexpr,

@@ -14,6 +14,7 @@ from torch import Tensor
 from squall.kernels.attention.fp8 import read, value_as
 from squall.kernels.attention.tile import dot_precision, nearest_keys, padded_dim, softcapped
 from squall.kernels.lang import tl, triton
+from squall.kernels.launch import kernel
 from squall.kernels.tuning import Config, tuned
 
 
@@ -98,7 +99,7 @@ def _attend(  # type: ignore[no-untyped-def]
     return peak, total, acc
 
 
-@triton.jit(do_not_specialize=["sequences", "table_stride"])
+@kernel(do_not_specialize=["sequences", "table_stride"])
 def _prefill_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     k_ptr,

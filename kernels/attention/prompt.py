@@ -18,10 +18,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from squall.kernels.attention.decode import decode
-from squall.kernels.attention.gather import gather_kv
+from squall.kernels.attention.gather import gather_kv_launcher
 from squall.kernels.attention.paged import build_batch, check, paged_attention
 from squall.kernels.attention.prefill import prefill
 from squall.kernels.cases import BF16, Case
@@ -101,7 +100,7 @@ def prefill_attention_launcher(
     starts = [0, *itertools.accumulate(query_lens)]
     kinds = [_kind(n, c, window, dense) for n, c in zip(query_lens, contexts, strict=True)]
     if kinds == ["dense"] and query_lens[0] == q.shape[0]:
-        k, v = gather_kv(*caches, block_tables[0], contexts[0], q.dtype)
+        k, v = gather_kv_launcher(*caches, block_tables[0], contexts[0], q.dtype)
         return _causal(q, k, v, scale).contiguous()
     for kind, run in itertools.groupby(range(len(kinds)), kinds.__getitem__):
         rows = list(run)
@@ -114,7 +113,7 @@ def prefill_attention_launcher(
             prefill(q, *caches, index, limits, sinks, out, tokens)
         else:
             for s in rows:
-                k, v = gather_kv(*caches, block_tables[s], contexts[s], q.dtype)
+                k, v = gather_kv_launcher(*caches, block_tables[s], contexts[s], q.dtype)
                 out[starts[s] : starts[s + 1]] = _causal(q[starts[s] : starts[s + 1]], k, v, scale)
     return out
 
@@ -129,10 +128,10 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if length % DENSE_STEP:
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -length % DENSE_STEP)) for x in (q, k, v))
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+    # What scaled_dot_product_attention calls: choosing cuDNN for it takes longer than its launch.
+    y, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
+        q, k, v, None, False, 0.0, True, scale=scale
+    )
     return y.squeeze(0).transpose(0, 1)[:length]
 
 

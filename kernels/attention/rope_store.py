@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from squall.kernels.attention.fp8 import stored_as, to_cache_dtype, written
 from squall.kernels.cases import BF16, BOTH, Case, random
 from squall.kernels.lang import next_power_of_2, tl, triton, wait_for_inputs
+from squall.kernels.launch import kernel
 from squall.kernels.op import dependent_launch, op
 
 
@@ -150,7 +151,7 @@ def _turn_heads(  # type: ignore[no-untyped-def]
         _put(y_ptr, rest, head, HEADS, DIM, 2 * HALF, DIM - 2 * HALF, BLOCK_REST)
 
 
-@triton.jit
+@kernel
 def _rope_store_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr,
     q_norm_ptr,
@@ -206,6 +207,29 @@ def _rope_store_kernel(  # type: ignore[no-untyped-def]
             _put(v_cache_ptr + place, v, head, KV_HEADS, DIM, 0, DIM, BLOCK_DIM)
 
 
+def check_rope(
+    qkv: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> None:
+    """What the kernels take for granted."""
+    width, rotary = qkv.shape[1], cos_sin.shape[1]
+    kv_heads, dim = k_cache.shape[2:]
+    assert width > 2 * kv_heads * dim, f"qkv {qkv.shape}, cache {k_cache.shape}"
+    assert width % dim == 0, f"qkv {qkv.shape}, cache {k_cache.shape}"
+    assert v_cache.shape == k_cache.shape, f"caches {k_cache.shape} and {v_cache.shape}"
+    assert k_cache.is_contiguous(), "the caches must be dense"
+    assert v_cache.is_contiguous(), "the caches must be dense"
+    assert 0 < rotary <= dim, f"{rotary} rotary dimensions of {dim}"
+    assert rotary % 2 == 0, f"{rotary} rotary dimensions"
+    assert qkv.stride(1) == 1, "rows of qkv must be dense"
+    for vector in (cos_sin, positions, slots):
+        assert vector.is_contiguous(), "cos_sin, positions and slots must be dense"
+
+
 def rope_store_kv_launcher(
     qkv: Tensor,
     q_norm: Tensor | None,
@@ -217,19 +241,10 @@ def rope_store_kv_launcher(
     v_cache: Tensor,
     slots: Tensor,
 ) -> Tensor:
+    check_rope(qkv, positions, cos_sin, k_cache, v_cache, slots)
     tokens, width = qkv.shape
     kv_heads, dim = k_cache.shape[2:]
     heads, rotary = width // dim - 2 * kv_heads, cos_sin.shape[1]
-    assert heads > 0, f"qkv {qkv.shape}, cache {k_cache.shape}"
-    assert width % dim == 0, f"qkv {qkv.shape}, cache {k_cache.shape}"
-    assert v_cache.shape == k_cache.shape, f"caches {k_cache.shape} and {v_cache.shape}"
-    assert k_cache.is_contiguous(), "the caches must be dense"
-    assert v_cache.is_contiguous(), "the caches must be dense"
-    assert 0 < rotary <= dim, f"{rotary} rotary dimensions of {dim}"
-    assert rotary % 2 == 0, f"{rotary} rotary dimensions"
-    assert qkv.stride(1) == 1, "rows of qkv must be dense"
-    for vector in (cos_sin, positions, slots):
-        assert vector.is_contiguous(), "cos_sin, positions and slots must be dense"
     q = torch.empty((tokens, heads, dim), dtype=qkv.dtype, device=qkv.device)
     if tokens == 0:
         return q

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from squall.kernels.attention import decode, prefill
+from squall.kernels.attention.rope_store import rotary_table
 from squall.kernels.lang import next_power_of_2
 from squall.kernels.tuning import Config, Problem, Tunable
 
@@ -43,8 +44,9 @@ def _caches(layout: Layout, dtype: torch.dtype, device: torch.device) -> tuple[T
 
 def _indices(
     blocks: int, batch: int, query: int, context: int, device: torch.device
-) -> Iterator[Index]:
-    """(block_tables, query_start, context_lens) again and again, of other blocks each time."""
+) -> list[Index]:
+    """(block_tables, query_start, context_lens) as often as the caches allow, of other blocks each
+    time."""
     used = -(-context // BLOCK_SIZE)
     copies = max(1, blocks // (batch * used))
     count = copies * batch * used
@@ -56,7 +58,15 @@ def _indices(
     tables[..., :used] = order.view(copies, batch, used)
     starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * query
     lengths = torch.full((batch,), context, dtype=torch.int32, device=device)
-    return itertools.cycle([(table, starts, lengths) for table in tables])
+    return [(table, starts, lengths) for table in tables]
+
+
+def _rope(index: Index, context: int, angles: Tensor) -> decode.Rope:
+    """What turns and stores the last key of every sequence."""
+    tables, _, lengths = index
+    last = context - 1
+    slots = tables[:, last // BLOCK_SIZE] * BLOCK_SIZE + last % BLOCK_SIZE
+    return decode.Rope(None, None, 1e-6, lengths - 1, angles, slots)
 
 
 def _decode_problem(
@@ -66,13 +76,20 @@ def _decode_problem(
 
     def build(device: torch.device) -> Callable[[Config], None]:
         k, v = _caches(layout, dtype, device)
-        indices = [_indices(k.shape[0], batch, 1, context, device) for context in contexts]
-        q = torch.randn((batch, heads, dim), dtype=torch.bfloat16, device=device)
-        out = torch.empty_like(q)
+        shape = (batch, heads + 2 * kv_heads, dim)
+        q = torch.randn(shape, dtype=torch.bfloat16, device=device)[:, :heads]
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        angles = rotary_table(max(contexts), dim).to(device)
+        limits = dim**-0.5, 0, 0.0
+        steps = []
+        for n in contexts:
+            indices = _indices(k.shape[0], batch, 1, n, device)
+            steps.append(itertools.cycle([(index, _rope(index, n, angles)) for index in indices]))
 
         def run(config: Config) -> None:
-            for index in indices:
-                decode.decode(q, k, v, next(index), (dim**-0.5, 0, 0.0), None, out, config)
+            for step in steps:
+                index, rope = next(step)
+                decode.decode(q, k, v, index, limits, None, out, config, rope)
 
         return run
 
@@ -108,7 +125,8 @@ def _prefill_problem(layout: Layout, dtype: torch.dtype) -> Problem:
         runs = []
         for query, context in PREFILLS:
             q = torch.randn((query, heads, dim), dtype=torch.bfloat16, device=device)
-            runs.append((q, torch.empty_like(q), _indices(k.shape[0], 1, query, context, device)))
+            indices = itertools.cycle(_indices(k.shape[0], 1, query, context, device))
+            runs.append((q, torch.empty_like(q), indices))
 
         def run(config: Config) -> None:
             for q, out, index in runs:

@@ -40,7 +40,8 @@ def paged_attention(
     sinks: Tensor | None,
 ) -> Tensor:
     """``squall.kernels.attention.paged`` on the CPU; rows outside every sequence are zero."""
-    native = _native_ops() if max_query_len == 1 and q.dtype == torch.float32 else None
+    single = max_query_len == 1 and max_context_len > 0
+    native = _native_ops() if single and q.dtype == torch.float32 else None
     if native is not None and q.shape[0] == len(context_lens) and k_cache.dtype == q.dtype:
         return native.decode_attention(
             q, k_cache, v_cache, block_tables, context_lens, max_context_len, scale, window,

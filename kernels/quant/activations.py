@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from squall.kernels.cases import BF16, BOTH, Case, random
 from squall.kernels.lang import next_power_of_2, tl, triton, wait_for_inputs
+from squall.kernels.launch import kernel
 from squall.kernels.op import dependent_launch, op
 from squall.kernels.quant.planes import padded as pad_columns
 from squall.kernels.rmsnorm import MAX_DIM
@@ -97,7 +98,7 @@ def _store_blocks(  # type: ignore[no-untyped-def]
     tl.store(sums_ptr + row * (PADDED // 16) + half, sums, mask=half < PADDED // 16)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@kernel(do_not_specialize=["rows"])
 def _quantize_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     parts_ptr,
@@ -119,7 +120,7 @@ def _quantize_kernel(  # type: ignore[no-untyped-def]
     _store_blocks(x, start, row, rows, parts_ptr, scale_ptr, sums_ptr, PADDED)
 
 
-@triton.jit(do_not_specialize=["rows", "eps"])
+@kernel(do_not_specialize=["rows", "eps"])
 def _norm_quantize_kernel(  # type: ignore[no-untyped-def]
     stream_ptr,
     norm_ptr,

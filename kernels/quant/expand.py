@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from squall.kernels.cases import BF16, BOTH, Case
-from squall.kernels.lang import next_power_of_2, tl, triton
+from squall.kernels.lang import next_power_of_2, tl
+from squall.kernels.launch import kernel
 from squall.kernels.op import op
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.planes import Planes, dequantize, layout, padded, random_planes
@@ -52,7 +53,7 @@ def plane_rows_reference(
     )
 
 
-@triton.jit
+@kernel
 def _expand_kernel(  # type: ignore[no-untyped-def]
     low_ptr,
     high_ptr,
@@ -134,12 +135,13 @@ def _expand(
     low, high, scales, supers = planes
     plan, width = layout(ggml_type), padded(in_features)
     assert low.shape[1] * 32 == width * plan.low_bits, f"low {low.shape} for rows of {in_features}"
-    assert all(t is None or t.is_contiguous() for t in planes), "planes must be contiguous"
+    for plane in planes:
+        assert plane is None or plane.is_contiguous(), "planes must be contiguous"
     rows = low.shape[0] if ids is None else ids.shape[0]
-    out = torch.empty((rows, in_features), dtype=dtype, device=low.device)
+    out = torch.empty(rows, in_features, dtype=dtype, device=low.device)
     if rows:
         block = min(4096, next_power_of_2(width))
-        _expand_kernel[(rows, triton.cdiv(in_features, block))](
+        _expand_kernel[(rows, -(-in_features // block))](
             low,
             high,
             scales,

@@ -14,12 +14,13 @@ Nothing in the loop moves values between threads, or Triton would load the plane
 and pass the finished weights through shared memory instead.
 """
 
-from squall.kernels.lang import tl, triton, wait_for_inputs
+from squall.kernels.lang import tl, wait_for_inputs
+from squall.kernels.launch import kernel
 from squall.kernels.linear_epilogue import finish_tile, weight_rows
 from squall.kernels.quant.gemm_dequant import dequantize_tile, super_scales
 
 
-@triton.jit(do_not_specialize=["rows", "features", "units"])
+@kernel(do_not_specialize=["rows", "features", "units"])
 def plane_gemm_kernel(  # type: ignore[no-untyped-def]
     x_tiles,
     low_tiles,

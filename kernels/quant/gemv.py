@@ -95,12 +95,13 @@ def rule(chunks: int) -> Config:
 
 
 def candidates(chunks: int) -> Iterator[Config]:
-    """Launch parameters worth measuring."""
-    for warps in (2, 4, 8, 16):
+    """Launch parameters worth measuring. A warp alone needs no barrier, but many registers."""
+    for warps in (1, 2, 4, 8, 16):
         a_thread = next_power_of_2(chunks) // (32 * warps)
         for rows in (2, 4, 8):
             if a_thread in (1, 2, 4) and a_thread * rows <= 8:
-                for programs in sorted({max(1, 16 // warps), max(1, 24 // warps)}):
+                held = (8, 10, 12) if warps == 1 else (max(1, 16 // warps), max(1, 24 // warps))
+                for programs in sorted(set(held)):
                     yield {"rows": rows, "warps": warps, "programs": programs}
 
 

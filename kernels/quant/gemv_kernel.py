@@ -18,6 +18,7 @@ deciding the layout, values stay in the threads that load them.
 """
 
 from squall.kernels.lang import tl, triton
+from squall.kernels.launch import kernel
 from squall.kernels.linear_epilogue import finish_row, weight_rows
 
 
@@ -254,7 +255,7 @@ def _tile_sums(  # type: ignore[no-untyped-def]
     return tl.sum(total.reshape(1, low.shape[1], low.shape[2]), axis=2)
 
 
-@triton.jit(do_not_specialize=["features"])
+@kernel(do_not_specialize=["features"])
 def plane_gemv_kernel(  # type: ignore[no-untyped-def]
     parts_ptr,
     scale_ptr,

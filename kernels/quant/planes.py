@@ -32,6 +32,7 @@ the same j, and no bits cross bytes.
 The 4- and 6-bit fields of the K formats are widened to bytes: 2.8% more memory in Q4_K.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ _LAYOUTS: Mapping[str, Layout] = MappingProxyType(
 )
 
 
+@functools.cache
 def layout(ggml_type: int) -> Layout:
     """The layout of a GGML type; ``ValueError`` for types that have no planes."""
     entry = gguf_formats().get(ggml_type)
@@ -322,6 +324,7 @@ def concat(parts: Sequence[Planes]) -> Planes:
     return Planes(first.format, first.in_features, low, high, scales, supers)
 
 
+@functools.cache
 def tuning_key(ggml_type: int, n: int, k: int, bucket: int) -> str:
     """A problem's name in the tables of tuned parameters."""
     return f"{gguf_formats()[ggml_type].name.lower()}-n{n}-k{k}-m{bucket}"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from squall.kernels import linear as dense
-from squall.kernels import linear_gemv, linear_skinny
+from squall.kernels import linear_gemm, linear_gemv, linear_skinny
 from squall.kernels.cases import ERROR_LIMITS, random, relative_error
+from squall.kernels.counters import counters
 from squall.kernels.linear_epilogue import Epilogue
 from squall.kernels.tuning import Config
 
@@ -37,6 +39,7 @@ class Variant:
     features: int
     columns: int
     config: Config
+    gap: int = 8  # elements between the rows of x
 
     def __str__(self) -> str:
         parameters = "-".join(f"{k}{v}" for k, v in self.config.items())
@@ -50,7 +53,7 @@ class Variant:
         add = self.kind == "add"
         w = (random((n * (1 + gated), k), torch.float32, CPU, 1) / k**0.5).to(dtype)
         bias = random((w.shape[0],), dtype, CPU, 2)
-        x = random((m, k + 8), torch.float32 if normed else dtype, CPU, 3)[:, :k]
+        x = random((m, k + self.gap), torch.float32 if normed else dtype, CPU, 3)[:, :k]
         norm = random((k,), torch.float32, CPU, 4) if normed else None
         out = random((m, n), torch.float32, CPU, 5) if add else torch.full((m, n), float("nan"))
         y = x.double()
@@ -67,6 +70,8 @@ class Variant:
         if "gemv" in self.config:
             norm = None if norm is None else norm.to(device)
             linear_gemv.gemv(x, w, epilogue, self.config, norm, EPS)
+        elif "gemm" in self.config:
+            linear_gemm.gemm(x, w, epilogue, self.config)
         else:
             linear_skinny.skinny(x, w, epilogue, self.config)
         return out, y
@@ -81,6 +86,13 @@ def _skinny(n: int, k: int, split: int, warps: int, stages: int, pdl: int = 0) -
     return {**config, "warps": warps, "stages": stages, "pdl": pdl}
 
 
+def _gemm(
+    tile: tuple[int, int, int], warps: int, stages: int, split: int = 1, lag: int = 0
+) -> Config:
+    sizes = dict(zip(("block_m", "block_n", "block_k"), tile, strict=True))
+    return {"gemm": 1, **sizes, "split": split, "lag": lag, "warps": warps, "stages": stages}
+
+
 def variants() -> Iterator[Variant]:
     yield Variant("plain", 1, 9, 512, _gemv(2, 1))
     yield Variant("plain", 1, 300, 1032, _gemv(1, 4))  # programs with two tiles and with three
@@ -93,20 +105,35 @@ def variants() -> Iterator[Variant]:
     yield Variant("silu", 33, 40, 200, _skinny(64, 64, 7, 4, 6))  # parts without a step
     yield Variant("gelu_tanh", 65, 70, 640, _skinny(128, 64, 4, 8, 3))
     yield Variant("plain", 200, 96, 256, _skinny(128, 64, 3, 8, 3))
+    yield Variant("plain", 70, 136, 200, _gemm((64, 64, 64), 4, 3))
+    yield Variant("plain", 5, 72, 520, _gemm((64, 64, 64), 4, 3, 3, 2))
+    yield Variant("plain", 65, 8, 128, _gemm((64, 64, 64), 4, 3), gap=3)  # no descriptor's rows
+    yield Variant("add", 130, 72, 520, _gemm((64, 64, 64), 4, 3, 4, 1))
+    yield Variant("add", 1, 64, 128, _gemm((64, 64, 64), 4, 3, 5, 2))  # parts without a step
+    yield Variant("silu", 100, 72, 328, _gemm((64, 64, 64), 4, 3))
+    yield Variant("gelu_tanh", 64, 40, 64, _gemm((64, 64, 64), 4, 3))
 
 
 def dependent_variants() -> Iterator[Variant]:
-    """With programmatic dependent launch: sm_90 and newer."""
+    """With programmatic dependent launch, or with tiles for Hopper: sm_90 and newer."""
     yield Variant("plain", 1, 40, 2048, _gemv(4, 8, pdl=1))
     yield Variant("silu", 1, 301, 4096, _gemv(2, 4, pdl=1))
     yield Variant("add", 8, 130, 1000, _skinny(64, 64, 3, 4, 5, pdl=1))
     yield Variant("silu", 64, 70, 640, _skinny(64, 128, 1, 4, 4, pdl=1))
+    yield Variant("plain", 256, 264, 520, _gemm((256, 128, 64), 8, 4, 2, 2))
+    yield Variant("plain", 300, 264, 520, _gemm((128, 256, 64), 8, 4))
+    yield Variant("add", 256, 264, 2048, _gemm((256, 128, 64), 8, 4, 4, 3))
+    yield Variant("add", 128, 264, 520, _gemm((128, 128, 128), 8, 3, 2))
+    yield Variant("silu", 200, 264, 520, _gemm((256, 128, 64), 8, 4))
+    yield Variant("silu", 200, 264, 520, _gemm((128, 256, 64), 8, 4))
+    yield Variant("gelu_tanh", 64, 264, 520, _gemm((64, 256, 64), 4, 4))
 
 
-def check(variant: Variant, dtype: torch.dtype, device: torch.device) -> None:
+def check(variant: Variant, dtype: torch.dtype, device: torch.device) -> Tensor:
     got, want = variant.run(dtype, device)
     error = relative_error(got, want)
     assert error <= ERROR_LIMITS[torch.float32], f"{variant}, {dtype}: error {error:.2e}"
+    return got
 
 
 def interpret() -> None:
@@ -124,6 +151,8 @@ def compile_for(capability: int) -> None:
     from triton.runtime.jit import JITFunction
 
     driver.set_active(OfflineDriver(capability))
+    hopper = capability >= 90
+    linear_gemm.dependent_launch = lambda device: {"launch_pdl": True} if hopper else {}
     launch = JITFunction.run
     kernels = []
 
@@ -131,10 +160,11 @@ def compile_for(capability: int) -> None:
         kernels.append(launch(self, *args, grid=grid, warmup=True, **kwargs))
 
     JITFunction.run = compile_only
-    for variant in (*variants(), *(dependent_variants() if capability >= 90 else ())):
+    for variant in (*variants(), *(dependent_variants() if hopper else ())):
         variant.run(torch.bfloat16, CPU)
         assert len(kernels[-1].asm["cubin"]) > 0
-        assert ("griddepcontrol.wait" in kernels[-1].asm["ptx"]) == bool(variant.config["pdl"])
+        dependent = variant.config.get("pdl", hopper)
+        assert ("griddepcontrol.wait" in kernels[-1].asm["ptx"]) == bool(dependent)
         print(f"{kernels[-1].metadata.shared} {variant}")
 
 
@@ -150,10 +180,10 @@ def _script(*arguments: str, **environment: str) -> list[str]:
 
 def test_variants_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    assert len(_script("interpret", TRITON_INTERPRET="1")) == 17
+    assert len(_script("interpret", TRITON_INTERPRET="1")) == 24
 
 
-@pytest.mark.parametrize(("chip", "limit", "count"), [(80, 163, 11), (90, 227, 15)])
+@pytest.mark.parametrize(("chip", "limit", "count"), [(80, 163, 18), (90, 227, 29)])
 def test_variants_compile_and_fit(chip: int, limit: int, count: int) -> None:
     pytest.importorskip("triton")
     lines = _script("compile", str(chip))
@@ -171,10 +201,18 @@ def test_rows_decide_how_to_multiply() -> None:
 
 
 def test_a_table_decides_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {"n64-k512-m256": _skinny(64, 64, 1, 4, 4), "n64-k512-m1": {"cublas": 1}}
+    table = {
+        "n64-k512-m256": _skinny(64, 64, 1, 4, 4),
+        "n64-k512-m128": _gemm((128, 128, 64), 8, 3, split=2),
+        "n64-k512-m1": {"cublas": 1},
+    }
     monkeypatch.setattr(dense, "tuned", lambda kernel, key, device: table.get(key))
     w = torch.empty(64, 512, dtype=torch.bfloat16)
     assert dense._choose(129, w, gated=False) == table["n64-k512-m256"]
+    assert dense._choose(65, w, gated=False) == table["n64-k512-m128"]
+    assert "cublas" in dense._choose(65, w, gated=True)  # parts of gate and up cannot be added
+    unaligned = torch.empty(64 * 513, dtype=torch.bfloat16).as_strided((64, 512), (513, 1))
+    assert "cublas" in dense._choose(65, unaligned, gated=False)
     assert "cublas" in dense._choose(1, w, gated=False)
     assert "skinny" in dense._choose(32, w, gated=False)
     assert "cublas" in dense._choose(257, w, gated=False)
@@ -191,11 +229,40 @@ def test_rules_fill_the_gpu_without_waste(features: int, k: int) -> None:
         assert config["split"] == 1 or k // config["split"] >= 512
 
 
+def test_parts_of_a_tile_cover_k_once() -> None:
+    """By the formula that the kernel shares with it, for more lag than there are steps too."""
+    first_step = linear_gemm._first_step.fn
+    for steps, split, lag in product((1, 5, 64, 224), (1, 2, 4, 8), (0, 1, 3, 7)):
+        bounds = [first_step(part, steps, split, lag) for part in range(split + 1)]
+        assert bounds[0] == 0
+        assert bounds[-1] == steps
+        assert bounds == sorted(bounds)
+
+
+def test_tiles_for_hopper_are_legal_and_fill_it() -> None:
+    for bucket, (n, k), gated in product(
+        (32, 64, 128, 256),
+        ((6144, 4096), (4096, 14336), (28672, 4096), (128256, 2048), (100, 64)),
+        (False, True),
+    ):
+        found = list(linear_gemm.candidates(bucket, n, k, gated))
+        assert bool(found) == (bucket >= 64 and n % 8 == 0)
+        assert len(found) <= 12
+        for config in found:
+            m, rows, columns = config["block_m"], config["block_n"], config["block_k"]
+            assert (m + rows) * columns * 2 * config["stages"] <= 224 * 1024
+            assert m * rows <= 128 * 32 * config["warps"]  # registers of the sums
+            assert not gated or config["split"] == 1
+            programs = -(-bucket // m) * -(-n * (1 + gated) // rows) * config["split"]
+            assert config["split"] == 1 or 88 <= programs <= 264, config
+            assert k >= config["split"] * 8 * columns or config["split"] == 1
+
+
 def test_every_problem_has_few_candidates_and_the_library_among_them() -> None:
     problems = list(dense.TUNABLE.problems([(6144, 4096), (28672, 4096), (128256, 2048)]))
     assert len({p.key for p in problems}) == len(problems) == 21
     for problem in problems:
-        assert 2 <= len(problem.candidates) <= 21, problem.key
+        assert 2 <= len(problem.candidates) <= 26, problem.key
         assert problem.candidates[-1] == {"cublas": 1}
         assert len({tuple(c.items()) for c in problem.candidates}) == len(problem.candidates)
 
@@ -223,32 +290,55 @@ ON_GPU = [
 @pytest.mark.gpu
 @pytest.mark.parametrize(("variant", "dtype"), ON_GPU)
 def test_variants_on_a_gpu(variant: Variant, dtype: torch.dtype) -> None:
-    if variant.config["pdl"] and torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("programmatic dependent launch needs compute capability 9.0")
-    for _ in range(2):  # the second finds the counters as the first left them
-        check(variant, dtype, torch.device("cuda"))
+    if variant in dependent_variants() and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    device = torch.device("cuda")
+    first = check(variant, dtype, device)
+    assert not counters(first.device).any()
+    assert torch.equal(first, check(variant, dtype, device))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pdl", [0, 1])
-@pytest.mark.parametrize("rows", [1, 3, 8, 40])
-def test_a_captured_chain_repeats_bit_by_bit(rows: int, pdl: int) -> None:
+@pytest.mark.parametrize("kind", ["silu", "add", "plain"])
+@pytest.mark.parametrize("rows", [63, 128, 255])
+def test_every_tile_for_hopper_gives_the_product(rows: int, kind: str) -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    bucket, k = dense._bucket(rows), 4096
+    for config in linear_gemm.candidates(bucket, 520, k, kind == "silu"):
+        check(Variant(kind, rows, 520, k, config), torch.bfloat16, torch.device("cuda"))
+
+
+def _chains() -> Iterator[object]:
+    """Rows, and how the way up and the way down are launched."""
+    for pdl in (0, 1):
+        for rows in (1, 3, 8, 40):
+            config = _gemv(4, 4, pdl) if rows == 1 else _skinny(64, 64, 4, 4, 5, pdl)
+            yield pytest.param(rows, config, config, id=f"{rows}-pdl{pdl}")
+    for rows in (64, 128, 256):
+        # With 256 rows the way down has more programs, which take turns, than run at a time.
+        up, down = _gemm((64, 128, 64), 4, 4), _gemm((64, 64, 64), 4, 5, 5, 2)
+        yield pytest.param(rows, up, down, id=f"{rows}-gemm")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "way_up", "way_down"), [*_chains()])
+def test_a_captured_chain_repeats_bit_by_bit(rows: int, way_up: Config, way_down: Config) -> None:
     """Twelve layers whose kernels feed each other, eagerly and as one graph: with dependent launch
     a kernel that reads too early shows here."""
-    if pdl and torch.cuda.get_device_capability() < (9, 0):
+    if way_up.get("pdl") and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("programmatic dependent launch needs compute capability 9.0")
     device, dtype, hidden, inner = torch.device("cuda"), torch.bfloat16, 1024, 2816
     up = random((2 * inner, hidden), torch.float32, CPU, 1).to(device, dtype) / hidden**0.5
     down = random((hidden, inner), torch.float32, CPU, 2).to(device, dtype) / inner**0.5
     norm = torch.ones(hidden, device=device)
     start = random((rows, hidden), torch.float32, device, 3)
-    config = _gemv(4, 4, pdl) if rows == 1 else _skinny(64, 64, 4, 4, 5, pdl)
     stream = start.clone()
 
     def chain() -> None:
         for _ in range(12):
-            x = dense._norm_linear(stream, norm, EPS, up, None, "silu", dtype, config)
-            dense._linear_add(x, down, None, stream, config)
+            x = dense._norm_linear(stream, norm, EPS, up, None, "silu", dtype, way_up)
+            dense._linear_add(x, down, None, stream, way_down)
 
     chain()
     want = stream.clone()

@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from squall.kernels.op import multiprocessors, op, override
+from squall.kernels.op import _on_its_device, multiprocessors, op, override
 
 
 def _double(x: Tensor) -> Tensor:
@@ -41,6 +43,23 @@ def test_launcher_serves_accelerators_and_not_the_cpu() -> None:
     for key, expected in (("CUDA", True), ("XPU", True), ("CPU", False), ("MPS", False)):
         found = torch._C._dispatch_has_kernel_for_dispatch_key("squall::test_launched", key)
         assert found is expected, key
+
+
+def test_launches_on_the_device_of_the_first_argument() -> None:
+    entered: list[int] = []
+
+    def enter(index: int) -> AbstractContextManager[None]:
+        entered.append(index)
+        return nullcontext()
+
+    current = -1  # what tensors on the CPU say they are on
+    module = SimpleNamespace(__name__="torch.x", device=enter, current_device=lambda: current)
+    run = _on_its_device(lambda x, n: n, module)
+    assert run(torch.ones(1), 5) == 5
+    assert entered == []
+    current = 3
+    assert run(torch.ones(1), 6) == 6
+    assert entered == [-1]
 
 
 def test_fake_is_used_under_tracing() -> None:

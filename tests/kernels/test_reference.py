@@ -19,6 +19,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ELSEWHERE = {
     "test_planes": "expand_planes plane_rows quantize_rows norm_quantize_rows plane_gemv "
     "plane_gemv_add",
+    "test_attention_step": "decode_attention",
     "test_sample": "sample_tokens_ penalize_ count_tokens_ gather_ids",
 }
 HERE = [
