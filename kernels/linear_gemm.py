@@ -25,7 +25,7 @@ from torch import Tensor
 from squall.kernels.counters import COUNT, counters
 from squall.kernels.lang import HAS_TRITON, tl, triton
 from squall.kernels.launch import kernel
-from squall.kernels.linear_epilogue import Epilogue, gate, prefetch, weight_rows
+from squall.kernels.linear_epilogue import Epilogue, gate, weight_rows
 from squall.kernels.op import dependent_launch
 from squall.kernels.tuning import Config
 
@@ -40,12 +40,10 @@ def _gemm_kernel(  # type: ignore[no-untyped-def]
     y_desc,
     partial_desc,
     turn_ptr,
-    w_ptr,
     bias_ptr,
     rows,
     features,
     K,
-    w_stride,
     ACTIVATION: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -59,7 +57,6 @@ def _gemm_kernel(  # type: ignore[no-untyped-def]
 
     Descriptors: x [M, K], w [1 or 2, features, K], y [M, features], partial like y, float32, for
     SPLIT parts that do not ADD. ``turn_ptr`` int32, one for each tile: the part whose turn it is.
-    On HOPPER the first of the weights are fetched while the kernel before still runs.
     """
     GATED: tl.constexpr = ACTIVATION != "none"
     HALF: tl.constexpr = BLOCK_N // 2
@@ -71,7 +68,6 @@ def _gemm_kernel(  # type: ignore[no-untyped-def]
     w_row = weight_rows(tile, features, BLOCK_N, GATED)
     if HOPPER:
         tl.extra.cuda.gdc_launch_dependents()
-        prefetch(w_ptr + w_row[:, None] * w_stride, begin * BLOCK_K, K, 512)
         tl.extra.cuda.gdc_wait()
 
     m, n = row_tile * BLOCK_M, tile * (HALF if GATED else BLOCK_N)
@@ -215,12 +211,10 @@ def gemm(x: Tensor, w: Tensor, epilogue: Epilogue, config: Config) -> None:
         TensorDescriptor.from_tensor(out, [block_m, half]),
         partial,
         turns,
-        w,
         epilogue.bias,
         x.shape[0],
         features,
         w.shape[1],
-        w.stride(0),
         epilogue.activation,
         epilogue.add,
         block_m,

@@ -47,9 +47,10 @@ def _skinny_kernel(  # type: ignore[no-untyped-def]
     SPLIT: tl.constexpr,
     EVEN: tl.constexpr,
     PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):
     """Grid (tiles, SPLIT). ``features`` are columns of y; BLOCK_M >= rows; EVEN: BLOCK_K divides K.
-    With PDL, the first of the weights are fetched while the kernel before still runs.
+    With PREFETCH, the first of the weights are fetched while the kernel before still runs.
 
     ``partial_ptr`` float32 [tiles, SPLIT, BLOCK_N, BLOCK_M], ``counter_ptr`` int32 [tiles].
     """
@@ -59,7 +60,8 @@ def _skinny_kernel(  # type: ignore[no-untyped-def]
     begin = blocks * part // SPLIT
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        prefetch(w_ptr + w_row[:, None] * w_stride, begin * BLOCK_K, K, 512)
+        if PREFETCH:
+            prefetch(w_ptr + w_row[:, None] * w_stride, begin * BLOCK_K, K, 512)
         tl.extra.cuda.gdc_wait()
     row = tl.arange(0, BLOCK_M).to(tl.int64)
     column = tl.arange(0, BLOCK_K)
@@ -108,6 +110,7 @@ def _config(
     block_n: int, block_k: int, split: int, warps: int, stages: int, pdl: int = 0
 ) -> Config:
     tile = {"block_n": block_n, "block_k": block_k, "split": split}
+    # pdl 1: launched while the kernel before drains; 2: and fetches weights meanwhile
     return {"skinny": 1, **tile, "warps": warps, "stages": stages, "pdl": pdl}
 
 
@@ -133,8 +136,8 @@ def candidates(bucket: int, features: int, k: int, gated: bool) -> Iterator[Conf
         # One, two or four programs a multiprocessor of a GPU with 132: whichever fill waves.
         splits = {max(1, min(round(n * 132 / count), steps // 2, 16)) for n in (1, 2, 4)}
         for split in sorted(splits):
-            yield _config(block_n, block_k, split, warps, stages, pdl=1)
-        yield _config(block_n, block_k, min(splits), warps, stages)
+            yield _config(block_n, block_k, split, warps, stages, pdl=2)
+        yield _config(block_n, block_k, min(splits), warps, stages, pdl=1)
 
 
 def skinny(x: Tensor, w: Tensor, epilogue: Epilogue, config: Config) -> None:
@@ -144,7 +147,7 @@ def skinny(x: Tensor, w: Tensor, epilogue: Epilogue, config: Config) -> None:
     assert 1 <= x.shape[0] <= MAX_ROWS, f"x {x.shape}"
     out, k = epilogue.out, w.shape[1]
     block_m, block_n = max(8, next_power_of_2(x.shape[0])), config["block_n"]
-    split, block_k, pdl = config["split"], config["block_k"], bool(config["pdl"])
+    split, block_k, pdl = config["split"], config["block_k"], config["pdl"]
     tiles = -(-epilogue.features // (block_n // 2 if epilogue.gated else block_n))
     partial = arrivals = None
     if split > 1:
@@ -172,7 +175,8 @@ def skinny(x: Tensor, w: Tensor, epilogue: Epilogue, config: Config) -> None:
         block_k,
         split,
         k % block_k == 0,
-        pdl,
+        pdl > 0,
+        pdl == 2,
         num_warps=config["warps"],
         num_stages=config["stages"],
         **launch,

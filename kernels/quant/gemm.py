@@ -116,11 +116,11 @@ def _tiles(bucket: int, weights: int, tile: tuple[int, int, int]) -> int:
 
 
 def rule(plan: Layout, bucket: int, weights: int, k: int, device: torch.device) -> Config:
-    """Launch parameters where no table has the problem: two programs a multiprocessor, with at
-    least 512 columns of the ``weights`` rows each. Four
-    warps waste fewer instructions than eight, but 128 rows of x leave them too few registers."""
-    tile = min(bucket, 128), 128, 128
-    wanted = 2 * multiprocessors(device) // _tiles(bucket, weights, tile)
+    """Launch parameters where no table has the problem: for few rows four programs a
+    multiprocessor, for more two, with at least 512 columns of the ``weights`` rows each. Four warps
+    waste fewer instructions than eight, but 128 rows of x leave them too few registers."""
+    tile, programs = ((bucket, 64, 256), 4) if bucket <= 32 else ((min(bucket, 128), 128, 128), 2)
+    wanted = programs * multiprocessors(device) // _tiles(bucket, weights, tile)
     return _config(plan, tile, max(1, min(wanted, k // 512, 8)), 4 if bucket <= 64 else 8)
 
 

@@ -118,7 +118,7 @@ def dependent_variants() -> Iterator[Variant]:
     """With programmatic dependent launch, or with tiles for Hopper: sm_90 and newer."""
     yield Variant("plain", 1, 40, 2048, _gemv(4, 8, pdl=1))
     yield Variant("silu", 1, 301, 4096, _gemv(2, 4, pdl=1))
-    yield Variant("add", 8, 130, 1000, _skinny(64, 64, 3, 4, 5, pdl=1))
+    yield Variant("add", 8, 130, 1000, _skinny(64, 64, 3, 4, 5, pdl=2))
     yield Variant("silu", 64, 70, 640, _skinny(64, 128, 1, 4, 4, pdl=1))
     yield Variant("plain", 256, 264, 520, _gemm((256, 128, 64), 8, 4, 2, 2))
     yield Variant("plain", 300, 264, 520, _gemm((128, 256, 64), 8, 4))
