@@ -21,12 +21,12 @@ from squall.kernels.backends.device import resolve_device
 RUN = Path(__file__).with_name("run.py")
 # What must be known first comes first: a suite may have to stop early.
 RUNS: Mapping[str, str] = {
-    "llama-3.1-8b": "--batch 1,8,32,128,256 --prefill 2048,8192 --long 16384",
     "llama-3.1-8b q4_k_m": "--batch 1,8,32,128 --prefill 2048",
-    "llama-3.2-1b": "--batch 1 --prefill none",
+    "llama-3.1-8b": "--batch 1,8,32,128,256 --prefill 2048,8192 --long 16384",
     "llama-3.2-1b q4_k_m": "--batch 1 --prefill none",
     "llama-3.1-8b q8_0": "--batch 1 --prefill none",
     "mistral-7b q4_k_m": "--batch 1 --prefill none",
+    "llama-3.2-1b": "--batch 1 --prefill none",
     "llama-3.1-8b start": "--batch none --prefill none --startup",
 }
 
