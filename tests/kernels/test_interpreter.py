@@ -14,6 +14,7 @@ FOLDER = Path(__file__).parent / "interpreted"
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.timeout(450)
 def test_kernels_in_the_interpreter() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER)]
