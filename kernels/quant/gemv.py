@@ -84,20 +84,26 @@ def plane_gemv_add_reference(
     stream += F.linear(restore((parts, scale, sums)), weights, bias)
 
 
-def rule(chunks: int) -> Config:
-    """Launch parameters where no table has the problem: one to four chunks of x a thread.
+def _kept(chunks: int) -> int:
+    """Chunks of a row that a program keeps: a power of two. With fewer than 16, tiles of two rows
+    would leave a thread less than the four words that are multiplied at a time."""
+    return max(16, next_power_of_2(chunks))
 
-    ``rows`` are weight rows of a tile (gate and up together), ``programs`` those of a
-    multiprocessor.
+
+def rule(chunks: int) -> Config:
+    """Launch parameters where no table has the problem: one chunk of x a thread as long as there
+    are 16 warps for it, and as many programs as make 16 warps a multiprocessor.
+
+    ``rows`` are weight rows of a tile (gate and up together).
     """
-    warps = min(4, max(1, next_power_of_2(chunks) // 32))
+    warps = min(16, max(1, _kept(chunks) // 32))
     return {"rows": 2, "warps": warps, "programs": max(1, 16 // warps)}
 
 
 def candidates(chunks: int) -> Iterator[Config]:
     """Launch parameters worth measuring. A warp alone needs no barrier, but many registers."""
     for warps in (1, 2, 4, 8, 16):
-        a_thread = next_power_of_2(chunks) // (32 * warps)
+        a_thread = _kept(chunks) // (32 * warps)
         for rows in (2, 4, 8):
             if a_thread in (1, 2, 4) and a_thread * rows <= 8:
                 held = (8, 10, 12) if warps == 1 else (max(1, 16 // warps), max(1, 24 // warps))
@@ -153,7 +159,7 @@ def _gemv(
         features,
         out.stride(0),
         k // 256,
-        next_power_of_2(chunks),
+        _kept(chunks),
         plan.low_bits,
         plan.high_bits,
         plan.offset,
