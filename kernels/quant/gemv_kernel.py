@@ -8,10 +8,10 @@ field. Per run, with x16 the integers of x and xs their scale,
 where dot and sum are exact in int32. At the sizes of a GEMV only the weights' bytes count, as long
 as the instructions stay below them. There is twice as much of x as of two rows of 4-bit weights, so
 x must not be read for every tile: as many programs as the GPU holds at once keep all of x in
-registers and walk over the rows of the weight, two tiles of rows in flight while the one before is
+registers and walk over the rows of the weight, a tile of rows in flight while the one before is
 worked on. A thread owns some chunks of each row of a tile, and nothing crosses threads before the
 last sum. The weights do not depend on the kernel before: with programmatic dependent launch (Hopper
-and newer) the first tiles are being loaded while that kernel drains.
+and newer) the first tile is being loaded while that kernel drains.
 
 All tensors are ``[1, weight rows, chunks, words]``: with one shape, and with loads of four words
 deciding the layout, values stay in the threads that load them.
@@ -255,21 +255,6 @@ def _tile_sums(  # type: ignore[no-untyped-def]
     return tl.sum(total.reshape(1, low.shape[1], low.shape[2]), axis=2)
 
 
-@triton.jit
-def _finish_tile(  # type: ignore[no-untyped-def]
-    low, high, scales, supers, tile, tiles, features, chunk, x0, x1, x2, x3, bias_ptr, y_ptr,
-    LOW: tl.constexpr, HIGH: tl.constexpr, OFFSET: tl.constexpr, GROUP: tl.constexpr,
-    KIND: tl.constexpr, RUN_BITS: tl.constexpr, ACTIVATION: tl.constexpr, ADD: tl.constexpr,
-    PTX: tl.constexpr,
-):  # fmt: skip
-    """Multiply tile number ``tile`` with x and store its results."""
-    y = _tile_sums(
-        low, high, scales, supers, chunk, x0, x1, x2, x3,
-        LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX,
-    )  # fmt: skip
-    finish_row(y, tile, tiles, features, bias_ptr, y_ptr, ACTIVATION, ADD)
-
-
 @kernel(do_not_specialize=["features"])
 def plane_gemv_kernel(  # type: ignore[no-untyped-def]
     parts_ptr,
@@ -320,10 +305,6 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
         low_ptr, high_ptr, scales_ptr, supers_ptr, tile, tiles, features, chunk,
         BLOCKS, LOW, HIGH, UNIT_BITS, TILE, GATED,
     )  # fmt: skip
-    low_2, high_2, scales_2, supers_2 = _load_tile(
-        low_ptr, high_ptr, scales_ptr, supers_ptr, tile + step, tiles, features, chunk,
-        BLOCKS, LOW, HIGH, UNIT_BITS, TILE, GATED,
-    )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
@@ -336,34 +317,25 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
     if RUNS > 2:
         x2 = _load_run(x[0], x[1], x[2], x[3], chunk, 2, RUNS, BLOCKS, OFFSET)
         x3 = _load_run(x[0], x[1], x[2], x[3], chunk, 3, RUNS, BLOCKS, OFFSET)
-    # Three tiles in turn, two of them in flight: one does not cover the memory's latency. A loop
-    # that hands one tile to the next round would copy its registers, and a copy waits for the load.
-    for _ in range(0, tl.cdiv(tl.maximum(tiles - tile, 0), 3 * step)):
-        low_3, high_3, scales_3, supers_3 = _load_tile(
+    # Two tiles in turn: a loop that hands one tile over to the next round copies its registers, and
+    # a copy waits for the load.
+    for _ in range(0, tl.cdiv(tl.maximum(tiles - tile, 0), 2 * step)):
+        low_2, high_2, scales_2, supers_2 = _load_tile(
+            low_ptr, high_ptr, scales_ptr, supers_ptr, tile + step, tiles, features, chunk,
+            BLOCKS, LOW, HIGH, UNIT_BITS, TILE, GATED,
+        )  # fmt: skip
+        y = _tile_sums(
+            low_1, high_1, scales_1, supers_1, chunk, x0, x1, x2, x3,
+            LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX,
+        )  # fmt: skip
+        finish_row(y, tile, tiles, features, bias_ptr, y_ptr, ACTIVATION, ADD)
+        low_1, high_1, scales_1, supers_1 = _load_tile(
             low_ptr, high_ptr, scales_ptr, supers_ptr, tile + 2 * step, tiles, features, chunk,
             BLOCKS, LOW, HIGH, UNIT_BITS, TILE, GATED,
         )  # fmt: skip
-        _finish_tile(
-            low_1, high_1, scales_1, supers_1, tile, tiles, features, chunk,
-            x0, x1, x2, x3, bias_ptr, y_ptr,
-            LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, ACTIVATION, ADD, PTX,
+        y = _tile_sums(
+            low_2, high_2, scales_2, supers_2, chunk, x0, x1, x2, x3,
+            LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX,
         )  # fmt: skip
-        low_1, high_1, scales_1, supers_1 = _load_tile(
-            low_ptr, high_ptr, scales_ptr, supers_ptr, tile + 3 * step, tiles, features, chunk,
-            BLOCKS, LOW, HIGH, UNIT_BITS, TILE, GATED,
-        )  # fmt: skip
-        _finish_tile(
-            low_2, high_2, scales_2, supers_2, tile + step, tiles, features, chunk,
-            x0, x1, x2, x3, bias_ptr, y_ptr,
-            LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, ACTIVATION, ADD, PTX,
-        )  # fmt: skip
-        low_2, high_2, scales_2, supers_2 = _load_tile(
-            low_ptr, high_ptr, scales_ptr, supers_ptr, tile + 4 * step, tiles, features, chunk,
-            BLOCKS, LOW, HIGH, UNIT_BITS, TILE, GATED,
-        )  # fmt: skip
-        _finish_tile(
-            low_3, high_3, scales_3, supers_3, tile + 2 * step, tiles, features, chunk,
-            x0, x1, x2, x3, bias_ptr, y_ptr,
-            LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, ACTIVATION, ADD, PTX,
-        )  # fmt: skip
-        tile += 3 * step
+        finish_row(y, tile + step, tiles, features, bias_ptr, y_ptr, ACTIVATION, ADD)
+        tile += 2 * step
