@@ -10,7 +10,9 @@ from typing import Any
 __all__ = [
     "HAS_TRITON",
     "TensorDescriptor",
+    "describable",
     "next_power_of_2",
+    "prefetch",
     "tl",
     "triton",
     "wait_for_inputs",
@@ -63,6 +65,28 @@ def wait_for_inputs(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(row_ptr, start, end, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Bring BYTES of each row ``[R, 1]`` of ``end`` columns, from column ``start`` on, into the L2
+    cache, by lines of 128 bytes."""
+    LINE: tl.constexpr = 1024 // row_ptr.dtype.element_ty.primitive_bitwidth
+    column = tl.minimum(start + tl.arange(0, BYTES // 128) * LINE, end - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [(row_ptr + column[None, :]).to(tl.uint64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+def describable(matrix: Any) -> bool:
+    """Whether a ``TensorDescriptor`` can describe a matrix of dense rows: they must begin at
+    multiples of 16 bytes."""
+    return (matrix.data_ptr() | matrix.stride(0) * matrix.element_size()) % 16 == 0
 
 
 def next_power_of_2(n: int) -> int:

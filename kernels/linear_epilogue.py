@@ -85,19 +85,30 @@ def store(target, y, mask, ADD: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def prefetch(row_ptr, start, end, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Bring BYTES of each row ``[R, 1]`` of ``end`` columns, from column ``start`` on, into the L2
-    cache, by lines of 128 bytes."""
-    LINE: tl.constexpr = 1024 // row_ptr.dtype.element_ty.primitive_bitwidth
-    column = tl.minimum(start + tl.arange(0, BYTES // 128) * LINE, end - 1)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [(row_ptr + column[None, :]).to(tl.uint64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+def _places(N: tl.constexpr, M: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.arange(0, N)[:, None] * M + tl.arange(0, M)[None, :]
+
+
+@triton.jit
+def is_last_part(z, parts_ptr, counter_ptr, part, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Leave a part's sums ``z [N, M]`` of a tile in ``parts_ptr``, float32 [SPLIT, N, M], and say
+    whether all parts are there now; then ``sum_of_parts`` may follow."""
+    SIZE: tl.constexpr = z.shape[0] * z.shape[1]
+    tl.store(parts_ptr + part * SIZE + _places(z.shape[0], z.shape[1]), z)
+    tl.debug_barrier()  # all threads' sums are written before one thread says so
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
+
+
+@triton.jit
+def sum_of_parts(  # type: ignore[no-untyped-def]
+    parts_ptr, counter_ptr, N: tl.constexpr, M: tl.constexpr, SPLIT: tl.constexpr
+):
+    """``[N, M]``: the parts in their order. Sets the counter back."""
+    tl.store(counter_ptr, 0)
+    z = tl.load(parts_ptr + _places(N, M), cache_modifier=".cg")
+    for part in tl.static_range(1, SPLIT):
+        z += tl.load(parts_ptr + part * (N * M) + _places(N, M), cache_modifier=".cg")
+    return z
 
 
 @triton.jit

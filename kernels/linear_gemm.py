@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from squall.kernels.counters import COUNT, counters
-from squall.kernels.lang import HAS_TRITON, tl, triton
+from squall.kernels.lang import HAS_TRITON, describable, tl, triton
 from squall.kernels.launch import kernel
 from squall.kernels.linear_epilogue import Epilogue, gate, weight_rows
 from squall.kernels.op import dependent_launch
@@ -174,11 +174,7 @@ def supports(w: Tensor, gated: bool, split: int) -> bool:
     must be complete before they are multiplied.
     """
     features = w.shape[0] // (1 + gated)
-    return features % 8 == 0 and _describable(w) and not (gated and split > 1)
-
-
-def _describable(matrix: Tensor) -> bool:
-    return (matrix.data_ptr() | matrix.stride(0) * matrix.element_size()) % 16 == 0
+    return features % 8 == 0 and describable(w) and not (gated and split > 1)
 
 
 def gemm(x: Tensor, w: Tensor, epilogue: Epilogue, config: Config) -> None:
@@ -192,8 +188,8 @@ def gemm(x: Tensor, w: Tensor, epilogue: Epilogue, config: Config) -> None:
     split, half = config["split"], block_n // 2
     assert x.dtype == w.dtype, f"x {x.dtype}, w {w.dtype}"
     assert supports(w, gated, split), f"w {w.shape}, rows {w.stride(0)} apart, in {split} parts"
-    assert _describable(out), f"rows of out are {out.stride(0)} elements apart"
-    if not _describable(x):
+    assert describable(out), f"rows of out are {out.stride(0)} elements apart"
+    if not describable(x):
         x = x.clone(memory_format=torch.contiguous_format)
     tiles = -(-x.shape[0] // block_m) * -(-features // (half if gated else block_n))
     partial = turns = None

@@ -16,9 +16,15 @@ import torch
 from torch import Tensor
 
 from squall.kernels.counters import COUNT, counters
-from squall.kernels.lang import next_power_of_2, tl
+from squall.kernels.lang import next_power_of_2, prefetch, tl
 from squall.kernels.launch import kernel
-from squall.kernels.linear_epilogue import Epilogue, finish_tile, prefetch, weight_rows
+from squall.kernels.linear_epilogue import (
+    Epilogue,
+    finish_tile,
+    is_last_part,
+    sum_of_parts,
+    weight_rows,
+)
 from squall.kernels.op import multiprocessors
 from squall.kernels.tuning import Config
 
@@ -83,18 +89,10 @@ def _skinny_kernel(  # type: ignore[no-untyped-def]
     if SPLIT == 1:
         finish_tile(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD)
     else:
-        n = tl.arange(0, BLOCK_N)[:, None]
-        m = tl.arange(0, BLOCK_M)[None, :]
-        first = partial_ptr + tile.to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M) + n * BLOCK_M + m
-        tl.store(first + part * (BLOCK_N * BLOCK_M), z)
-        tl.debug_barrier()  # all threads' sums are written before one thread says so
-        arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLIT - 1:
-            z = tl.load(first, cache_modifier=".cg")
-            for p in tl.static_range(1, SPLIT):
-                z += tl.load(first + p * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+        parts_ptr = partial_ptr + tile.to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M)
+        if is_last_part(z, parts_ptr, counter_ptr + tile, part, SPLIT):
+            z = sum_of_parts(parts_ptr, counter_ptr + tile, BLOCK_N, BLOCK_M, SPLIT)
             finish_tile(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD)
-            tl.store(counter_ptr + tile, 0)
 
 
 def rule(features: int, k: int, gated: bool, device: torch.device) -> Config:

@@ -27,9 +27,8 @@ from squall.kernels.attention.parts import finish, merge, part_of, tiles_of
 from squall.kernels.attention.rope import load_angles, load_heads, turned
 from squall.kernels.attention.tile import dot_precision, nearest_keys, padded_dim, softcapped
 from squall.kernels.counters import COUNT, counters
-from squall.kernels.lang import next_power_of_2, tl, wait_for_inputs
+from squall.kernels.lang import next_power_of_2, prefetch, tl, wait_for_inputs
 from squall.kernels.launch import kernel
-from squall.kernels.linear_epilogue import prefetch
 from squall.kernels.op import dependent_launch, has_ptx, multiprocessors
 from squall.kernels.tuning import Config, tuned
 

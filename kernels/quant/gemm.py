@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.cases import BF16, Case, random
 from squall.kernels.counters import COUNT, counters
-from squall.kernels.lang import TensorDescriptor, next_power_of_2
+from squall.kernels.lang import TensorDescriptor, describable, next_power_of_2
 from squall.kernels.linear_epilogue import Epilogue
 from squall.kernels.op import dependent_launch, has_ptx, multiprocessors, op
 from squall.kernels.quant.base import gguf_formats
@@ -195,13 +195,14 @@ def _gemm(
         partial = torch.empty(jobs * split * block_n * block_m, device=x.device)
     pdl, ptx = dependent_launch(x.device), has_ptx(x.device)
     limit = {"maxnreg": config["registers"]} if ptx else {}
-    gates, aligned = 1 + epilogue.gated, x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    dense = x if aligned else x.contiguous()
+    gates = 1 + epilogue.gated
+    if not describable(x):
+        x = x.clone(memory_format=torch.contiguous_format)
     tile = gates, block_n // gates, block_k
     sizes = (rows, epilogue.features, k, width // SUPER, epilogue.out.stride(0))
     numbers = (plan.low_bits, plan.high_bits, plan.offset, plan.group, plan.scales, plan.paired)
     plane_gemm_kernel[(jobs, split)](
-        TensorDescriptor(dense, [rows, k], [dense.stride(0), 1], [block_m, block_k]),
+        TensorDescriptor.from_tensor(x, [block_m, block_k]),
         _described(low, plan.low_bits, tile),
         None if high is None else _described(high, plan.high_bits, tile),
         _as_words(scales),
@@ -288,7 +289,7 @@ def _moved(tensors: _Tensors, device: torch.device, copy: bool = False) -> _Tens
 
 def _inputs(
     name: str, size: tuple[int, int, int], bias: bool, dtype: torch.dtype, device: torch.device
-) -> tuple[object, ...]:
+) -> tuple[Any, ...]:
     """Arguments up to ``bias`` for M, N, K; x is float16 where results are float32."""
     m, n, k = size
     entry, cpu = _TYPES[name], torch.device("cpu")
@@ -308,15 +309,22 @@ def _case(
     activation: str = "none",
     bias: bool = False,
     aot: tuple[torch.dtype, ...] = (),
+    shifted: bool = False,
 ) -> Case:
+    """``shifted``: x is dense, but does not begin at a multiple of 16 bytes."""
+
     def build(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
         features = size[1] // (1 if activation == "none" else 2)
         # Weights are rounded to 11 bits: results are no better than float16's limit.
         kept = dtype if dtype in _HALF else torch.float16
         out = torch.full((size[0], features + 3), torch.nan, dtype=kept, device=device)[:, 3:]
-        return *_inputs(name, size, bias, dtype, device), activation, out
+        x, *rest = _inputs(name, size, bias, dtype, device)
+        if shifted:
+            x = F.pad(x.flatten(), (1, 0))[1:].view(x.shape)
+        return x, *rest, activation, out
 
     title = f"plane_gemm-{name}-{'x'.join(map(str, size))}-{activation}{'-bias' * bias}"
+    title += "-shifted" * shifted
     fns = plane_gemm, plane_gemm_reference, plane_gemm_launcher
     return Case(title, *fns, build, mutates=(8,), interpret=size[2] <= 1024, aot=aot)
 
@@ -344,6 +352,7 @@ def _cases() -> Iterator[Case]:
     for name in ("Q4_K", "Q6_K"):
         yield _case(name, (16, 128, 512), aot=BF16)
         yield _case(name, (50, 33, 512), aot=f16)
+        yield _case(name, (3, 33, 256), shifted=True)
         yield _case(name, (128, 130, 256), aot=f16)
         yield _case(name, (200, 40, 512), bias=True)
         yield _case(name, (100, 300, 4096))

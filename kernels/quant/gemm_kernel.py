@@ -16,7 +16,12 @@ and pass the finished weights through shared memory instead.
 
 from squall.kernels.lang import tl, wait_for_inputs
 from squall.kernels.launch import kernel
-from squall.kernels.linear_epilogue import finish_tile, weight_rows
+from squall.kernels.linear_epilogue import (
+    finish_tile,
+    is_last_part,
+    sum_of_parts,
+    weight_rows,
+)
 from squall.kernels.quant.gemm_dequant import dequantize_tile, super_scales
 
 
@@ -120,16 +125,8 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
         z *= 1.0 / GAIN
         finish_tile(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD)
     else:
-        n = tl.arange(0, BLOCK_N)[:, None]
-        m = tl.arange(0, BLOCK_M)[None, :]
-        parts = partial_ptr + job.to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M) + n * BLOCK_M + m
-        tl.store(parts + part * (BLOCK_N * BLOCK_M), z)
-        tl.debug_barrier()  # all threads' sums are written before one thread says so
-        arrived = tl.atomic_add(counter_ptr + job, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLIT - 1:
-            z = tl.load(parts, cache_modifier=".cg")
-            for s in tl.static_range(1, SPLIT):
-                z += tl.load(parts + s * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+        parts_ptr = partial_ptr + job.to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M)
+        if is_last_part(z, parts_ptr, counter_ptr + job, part, SPLIT):
+            z = sum_of_parts(parts_ptr, counter_ptr + job, BLOCK_N, BLOCK_M, SPLIT)
             z *= 1.0 / GAIN
             finish_tile(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD)
-            tl.store(counter_ptr + job, 0)

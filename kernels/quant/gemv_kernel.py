@@ -309,14 +309,19 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
-    x = parts_ptr, low_parts_ptr, scale_ptr, sums_ptr
-    x0 = _load_run(x[0], x[1], x[2], x[3], chunk, 0, RUNS, BLOCKS, OFFSET)
+    x0 = _load_run(parts_ptr, low_parts_ptr, scale_ptr, sums_ptr, chunk, 0, RUNS, BLOCKS, OFFSET)
     x1, x2, x3 = x0, x0, x0
     if RUNS > 1:
-        x1 = _load_run(x[0], x[1], x[2], x[3], chunk, 1, RUNS, BLOCKS, OFFSET)
+        x1 = _load_run(
+            parts_ptr, low_parts_ptr, scale_ptr, sums_ptr, chunk, 1, RUNS, BLOCKS, OFFSET
+        )
     if RUNS > 2:
-        x2 = _load_run(x[0], x[1], x[2], x[3], chunk, 2, RUNS, BLOCKS, OFFSET)
-        x3 = _load_run(x[0], x[1], x[2], x[3], chunk, 3, RUNS, BLOCKS, OFFSET)
+        x2 = _load_run(
+            parts_ptr, low_parts_ptr, scale_ptr, sums_ptr, chunk, 2, RUNS, BLOCKS, OFFSET
+        )
+        x3 = _load_run(
+            parts_ptr, low_parts_ptr, scale_ptr, sums_ptr, chunk, 3, RUNS, BLOCKS, OFFSET
+        )
     # Two tiles in turn: a loop that hands one tile over to the next round copies its registers, and
     # a copy waits for the load.
     for _ in range(0, tl.cdiv(tl.maximum(tiles - tile, 0), 2 * step)):
