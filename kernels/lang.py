@@ -15,6 +15,7 @@ __all__ = [
     "prefetch",
     "tl",
     "triton",
+    "wait_for_first",
     "wait_for_inputs",
 ]
 
@@ -60,10 +61,25 @@ else:
 
 
 @triton.jit
-def wait_for_inputs(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """With programmatic dependent launch: let the next kernel come, and wait for the last."""
+def wait_for_inputs(PDL: tl.constexpr, ORDER: tl.constexpr = "alone"):  # type: ignore[no-untyped-def]
+    """With programmatic dependent launch: let the next kernel come, and wait for the last.
+
+    Two kernels with the same inputs can run side by side: ORDER "first" lets the next one come only
+    when the inputs are there, and "second" does not wait, but calls ``wait_for_first`` at its end.
+    """
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+        if ORDER != "first":
+            tl.extra.cuda.gdc_launch_dependents()
+        if ORDER != "second":
+            tl.extra.cuda.gdc_wait()
+        if ORDER == "first":
+            tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_first(PDL: tl.constexpr, ORDER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The end of a kernel with an ORDER: whoever waits for "second" has then waited for both."""
+    if PDL and ORDER == "second":
         tl.extra.cuda.gdc_wait()
 
 

@@ -5,7 +5,7 @@ Gated weights are ``[2F, K]``, gate rows then up rows. A program's tile holds as
 up rows, the first half of the tile being gate, so that it can finish ``act(gate) * up`` itself.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ class Epilogue:
     @property
     def features(self) -> int:
         return self.out.shape[1]
+
+    def split_at(self, column: int) -> "tuple[Epilogue, Epilogue]":
+        """Both sides of a column of ``out``, without activation."""
+        assert not self.gated, "columns of gate and up belong together"
+        left, right = slice(column), slice(column, None)
+        bias = (None, None) if self.bias is None else (self.bias[left], self.bias[right])
+        sides = zip((self.out[:, left], self.out[:, right]), bias, strict=True)
+        first, second = (replace(self, out=out, bias=some) for out, some in sides)
+        return first, second
 
     def check(self, x: Tensor, w: Tensor) -> None:
         """Assert that the shapes of ``x [M, K]`` and ``w [N, K]`` fit and that rows are dense."""

@@ -1,13 +1,14 @@
 """Products of up to 256 rows with a weight in planes, on tensor cores.
 
     out    = act(x W^T + bias)       plane_gemm
+    out    = [x V^T, x W^T] + bias   plane_gemm_pair
     stream += x W^T + bias           plane_gemm_add
 
-``x [M, K]`` is float16 or bfloat16, its rows may be strided; W is ``[N, K]`` in the planes ``low,
-high, scales, supers`` of ``ggml_type`` (:mod:`squall.kernels.quant.planes`); ``bias`` is ``[N]`` or
-None; ``out`` float16, bfloat16 or float32, ``[M, F]``, its rows may be strided; ``stream`` float32
-``[M, N]``, likewise. ``activation`` is "none" (F = N), or "silu" or "gelu_tanh": W is then
-``[2F, K]``, gate rows before up rows, and the result ``act(gate) * up``.
+``x [M, K]`` is float16 or bfloat16, its rows may be strided; W (and V) ``[N, K]`` in the planes
+``low, high, scales, supers`` of ``ggml_type`` (:mod:`squall.kernels.quant.planes`); ``bias`` is
+``[N]`` or None; ``out`` float16, bfloat16 or float32, ``[M, F]``, its rows may be strided;
+``stream`` float32 ``[M, N]``, likewise. ``activation`` is "none" (F = N), or "silu" or "gelu_tanh":
+W is then ``[2F, K]``, gate rows before up rows, and the result ``act(gate) * up``.
 
 Weights and their scales are rounded to 11 bits, and weights then to x's dtype
 (:mod:`squall.kernels.quant.gemm_dequant`); sums are float32.
@@ -72,6 +73,20 @@ def plane_gemm_reference(
     out: Tensor,
 ) -> None:
     out.copy_(_product(x, (low, high, scales, supers), ggml_type, bias, activation))
+
+
+def plane_gemm_pair_reference(
+    x: Tensor,
+    first: list[Tensor | None],
+    first_type: int,
+    second: list[Tensor | None],
+    second_type: int,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    parts = (first, first_type), (second, second_type)
+    y = torch.cat([_product(x, cast(_Tensors, p), kind, None, "none") for p, kind in parts], 1)
+    out.copy_(y if bias is None else y + bias.float())
 
 
 def plane_gemm_add_reference(
@@ -174,14 +189,20 @@ def _check(x: Tensor, low: Tensor, plan: Layout, epilogue: Epilogue) -> None:
 
 
 def _gemm(
-    x: Tensor, planes: _Tensors, ggml_type: int, epilogue: Epilogue, config: Config | None = None
-) -> None:
-    """Launch; ``config`` overrides the table (tuning)."""
+    x: Tensor,
+    planes: _Tensors,
+    ggml_type: int,
+    epilogue: Epilogue,
+    config: Config | None = None,
+    order: str = "alone",
+) -> Tensor | None:
+    """Launch; ``config`` overrides the table (tuning), ``order`` as in ``wait_for_inputs``. Returns
+    the workspace: the "second" kernel must not get that of the "first"."""
     (low, high, scales, supers), plan = planes, layout(ggml_type)
     _check(x, low, plan, epilogue)
     (rows, k), n = x.shape, low.shape[0]
     if rows == 0:
-        return
+        return None
     bucket, width = max(16, next_power_of_2(rows)), padded(k)
     config = config or tuned("plane_gemm", tuning_key(ggml_type, n, width, bucket), x.device)
     config = config or rule(plan, bucket, n, width, x.device)
@@ -190,8 +211,8 @@ def _gemm(
     jobs = -(-epilogue.features // per_tile) * -(-rows // block_m)
     split, partial, arrivals = config["split"], None, None
     if split > 1:
-        assert jobs <= COUNT, f"{jobs} tiles in {split} parts"
-        arrivals = counters(x.device)
+        assert jobs <= COUNT // 2, f"{jobs} tiles in {split} parts"
+        arrivals = counters(x.device)[COUNT // 2 if order == "second" else 0 :]
         partial = torch.empty(jobs * split * block_n * block_m, device=x.device)
     pdl, ptx = dependent_launch(x.device), has_ptx(x.device)
     limit = {"maxnreg": config["registers"]} if ptx else {}
@@ -222,11 +243,13 @@ def _gemm(
         split,
         ptx,
         bool(pdl),
+        order,
         num_warps=config["warps"],
         num_stages=config["stages"],
         **pdl,
         **limit,
     )
+    return partial
 
 
 def plane_gemm_launcher(
@@ -242,6 +265,23 @@ def plane_gemm_launcher(
 ) -> None:
     assert activation in ACTIVATIONS, activation
     _gemm(x, (low, high, scales, supers), ggml_type, Epilogue(out, bias, activation))
+
+
+def plane_gemm_pair_launcher(
+    x: Tensor,
+    first: list[Tensor | None],
+    first_type: int,
+    second: list[Tensor | None],
+    second_type: int,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    if not describable(x):
+        x = x.clone(memory_format=torch.contiguous_format)
+    left, right = Epilogue(out, bias).split_at(cast(_Tensors, first)[0].shape[0])
+    kept = _gemm(x, cast(_Tensors, first), first_type, left, order="first")
+    _gemm(x, cast(_Tensors, second), second_type, right, order="second")
+    del kept
 
 
 def plane_gemm_add_launcher(
@@ -269,6 +309,13 @@ plane_gemm = op(
     f"plane_gemm({_INPUTS}, str activation, Tensor(a!) out) -> ()",
     plane_gemm_reference,
     plane_gemm_launcher,
+    _fake,
+)
+plane_gemm_pair = op(
+    "plane_gemm_pair(Tensor x, Tensor?[] first, int first_type, Tensor?[] second, int second_type,"
+    " Tensor? bias, Tensor(a!) out) -> ()",
+    plane_gemm_pair_reference,
+    plane_gemm_pair_launcher,
     _fake,
 )
 plane_gemm_add = op(
@@ -342,8 +389,29 @@ def _add_case(name: str, size: tuple[int, int, int], bias: bool = False) -> Case
     return Case(title, *fns, build, mutates=(7,), interpret=size[2] <= 1024, aot=aot)
 
 
+def _pair_case(names: tuple[str, str], size: tuple[int, int, int], bias: bool = False) -> Case:
+    """N of the first weight, of which the second has half."""
+    m, n, k = size
+
+    def build(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
+        x, *first, first_type, _ = _inputs(names[0], size, False, dtype, device)
+        _, *second, second_type, _ = _inputs(names[1], (m, n // 2, k), False, dtype, device)
+        total = n + n // 2
+        out = torch.full((m, total + 3), torch.nan, dtype=x.dtype, device=device)[:, 3:]
+        some_bias = random((total,), dtype, device, 55) if bias else None
+        return x, first, first_type, second, second_type, some_bias, out
+
+    title = f"plane_gemm_pair-{'-'.join(names)}-{'x'.join(map(str, size))}{'-bias' * bias}"
+    fns = plane_gemm_pair, plane_gemm_pair_reference, plane_gemm_pair_launcher
+    aot = (torch.float16,) if bias else ()
+    return Case(title, *fns, build, mutates=(6,), interpret=k <= 1024, aot=aot)
+
+
 def _cases() -> Iterator[Case]:
     f16 = (torch.float16,)
+    yield _pair_case(("Q4_K", "Q6_K"), (8, 130, 512), bias=True)
+    yield _pair_case(("Q8_0", "Q5_0"), (33, 6, 288))
+    yield _pair_case(("Q4_K", "Q6_K"), (100, 2048, 4096))
     for name, entry in _TYPES.items():
         yield _case(name, (17, 70, 1024), aot=f16)
         yield _case(name, (9, 37, 768), bias=True)

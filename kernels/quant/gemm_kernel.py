@@ -14,7 +14,7 @@ Nothing in the loop moves values between threads, or Triton would load the plane
 and pass the finished weights through shared memory instead.
 """
 
-from squall.kernels.lang import tl, wait_for_inputs
+from squall.kernels.lang import tl, wait_for_first, wait_for_inputs
 from squall.kernels.launch import kernel
 from squall.kernels.linear_epilogue import (
     finish_tile,
@@ -56,6 +56,7 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
     SPLIT: tl.constexpr,
     PTX: tl.constexpr,
     PDL: tl.constexpr,
+    ORDER: tl.constexpr,
 ):
     """Grid (tiles of weight rows x tiles of rows of x, SPLIT); each of SPLIT programs has a part
     of K. ``features`` are columns of y. ``units`` are columns of the planes by 256: the compiler
@@ -66,7 +67,7 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
     ``[2, N / 2, words]`` by ``[2, BLOCK_N / 2, words of BLOCK_K]``. All others are int32 words.
     ``partial_ptr`` float32 [grid 0, SPLIT, BLOCK_N, BLOCK_M], ``counter_ptr`` int32 [grid 0].
     """
-    wait_for_inputs(PDL)
+    wait_for_inputs(PDL, ORDER)
     WORDS: tl.constexpr = 2 if KIND == "half_pair" or (KIND == "byte_pair" and GROUP == 16) else 1
     SCALES: tl.constexpr = BLOCK_K // 64 * WORDS
     LOW_WORDS: tl.constexpr = BLOCK_K * LOW_BITS // 16
@@ -130,3 +131,4 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
             z = sum_of_parts(parts_ptr, counter_ptr + job, BLOCK_N, BLOCK_M, SPLIT)
             z *= 1.0 / GAIN
             finish_tile(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD)
+    wait_for_first(PDL, ORDER)

@@ -1,22 +1,25 @@
 """Products of one row with quantised weights, by four-way byte products (dp4a):
 
-    out = act(x W^T + bias)         plane_gemv
-    stream += x W^T + bias          plane_gemv_add
+    out    = act(rms_norm(x) W^T + bias)               plane_gemv; norm is optional
+    out    = [rms_norm(x) V^T, rms_norm(x) W^T] + bias  plane_gemv_pair
+    stream += x W^T + bias                             plane_gemv_add
 
-x comes as ``parts int8 [2, M, KP]``, ``scale float32 [M, KP / 32]`` and ``sums int32 [M, KP / 16]``
-(:mod:`squall.kernels.quant.activations`), W ``[N, K]`` in planes
-(:mod:`squall.kernels.quant.planes`). ``out`` is ``[M, N]`` of any float dtype, ``stream`` float32
-``[M, N]``; rows may be strided. With ``activation`` "silu" or "gelu_tanh" W is ``[2F, K]``, gate
-rows then up rows, and ``out [M, F]`` is ``act(gate) * up``. ``bias`` is ``[N]`` or None.
+``x [M, K]`` is f32, f16 or bf16, W (and V) ``[N, K]`` in planes
+(:mod:`squall.kernels.quant.planes`). The norm is ``x / sqrt(mean(x^2) + eps) * norm`` with ``norm``
+float32 ``[K]``. ``out`` is ``[M, N]`` of any float dtype, ``stream`` float32 ``[M, N]``; rows may
+be strided. With ``activation`` "silu" or "gelu_tanh" W is ``[2F, K]``, gate rows then up rows, and
+``out [M, F]`` is ``act(gate) * up``. ``bias`` is ``[N]`` or None.
 
-Up to eight rows are possible, each of which reads all weights: this is for one row, and for few
-rows of float32 models, which have no other fused product.
+Activations are rounded to 16 bits a block of 32 (:mod:`squall.kernels.quant.gemv_input`), sums are
+float32. Up to eight rows are possible, each of which reads all weights: this is for one row, and
+for few rows of float32 models, which have no other fused product.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -25,8 +28,8 @@ from torch.nn import functional as F
 from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.cases import BF16, BOTH, Case, random
 from squall.kernels.lang import next_power_of_2
+from squall.kernels.linear_epilogue import Epilogue
 from squall.kernels.op import dependent_launch, has_ptx, multiprocessors, op
-from squall.kernels.quant.activations import quantize_rows, quantize_rows_reference, restore
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.gemv_kernel import plane_gemv_kernel
 from squall.kernels.quant.planes import (
@@ -41,19 +44,27 @@ from squall.kernels.tuning import Config, Problem, Tunable, tuned
 
 MAX_ROWS = 8
 
+_Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # low, high, scales, supers
 
-def _matrix(
-    low: Tensor, high: Tensor | None, scales: Tensor, supers: Tensor | None, ggml_type: int
-) -> Tensor:
-    """float32 ``[N, KP]``."""
-    in_features = low.shape[1] * 32 // layout(ggml_type).low_bits
-    return dequantize(Planes(gguf_formats()[ggml_type], in_features, low, high, scales, supers))
+
+def rounded(x: Tensor) -> Tensor:
+    """``x [M, K]`` as float32 of 16 bits a block of 32 columns."""
+    rows, k = x.shape
+    blocks = F.pad(x.float(), (0, -k % 32)).reshape(rows, -(-k // 32), 32)
+    scale = (blocks.abs().amax(-1, keepdim=True) * (1 / 32639)).clamp(min=2.0**-100)
+    x16 = (blocks.double() * (1 / scale).double()).round().float()
+    return (x16 * scale).flatten(1)[:, :k]
+
+
+def _product(x: Tensor, planes: _Tensors, ggml_type: int, bias: Tensor | None) -> Tensor:
+    weights = dequantize(Planes(gguf_formats()[ggml_type], x.shape[1], *planes))
+    return F.linear(rounded(x), weights, None if bias is None else bias.float())
 
 
 def plane_gemv_reference(
-    parts: Tensor,
-    scale: Tensor,
-    sums: Tensor,
+    x: Tensor,
+    norm: Tensor | None,
+    eps: float,
     low: Tensor,
     high: Tensor | None,
     scales: Tensor,
@@ -63,15 +74,31 @@ def plane_gemv_reference(
     activation: str,
     out: Tensor,
 ) -> None:
-    weights = _matrix(low, high, scales, supers, ggml_type)
-    y = F.linear(restore((parts, scale, sums)), weights, None if bias is None else bias.float())
-    out.copy_(ACTIVATIONS[activation](y))
+    if norm is not None:
+        x = F.rms_norm(x, norm.shape, norm, eps)
+    out.copy_(ACTIVATIONS[activation](_product(x, (low, high, scales, supers), ggml_type, bias)))
+
+
+def plane_gemv_pair_reference(
+    x: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    first: list[Tensor | None],
+    first_type: int,
+    second: list[Tensor | None],
+    second_type: int,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    if norm is not None:
+        x = F.rms_norm(x, norm.shape, norm, eps)
+    parts = (first, first_type), (second, second_type)
+    y = torch.cat([_product(x, cast(_Tensors, p), kind, None) for p, kind in parts], 1)
+    out.copy_(y if bias is None else y + bias.float())
 
 
 def plane_gemv_add_reference(
-    parts: Tensor,
-    scale: Tensor,
-    sums: Tensor,
+    x: Tensor,
     low: Tensor,
     high: Tensor | None,
     scales: Tensor,
@@ -80,8 +107,7 @@ def plane_gemv_add_reference(
     bias: Tensor | None,
     stream: Tensor,
 ) -> None:
-    weights = _matrix(low, high, scales, supers, ggml_type)
-    stream += F.linear(restore((parts, scale, sums)), weights, bias)
+    stream += _product(x, (low, high, scales, supers), ggml_type, bias)
 
 
 def _kept(chunks: int) -> int:
@@ -91,8 +117,8 @@ def _kept(chunks: int) -> int:
 
 
 def rule(chunks: int) -> Config:
-    """Launch parameters where no table has the problem: one chunk of x a thread as long as there
-    are 16 warps for it, and as many programs as make 16 warps a multiprocessor.
+    """Launch parameters where no table has the problem: a chunk of x a thread as far as possible,
+    for a tile's registers grow with the chunks; as many programs as make 16 warps a multiprocessor.
 
     ``rows`` are weight rows of a tile (gate and up together).
     """
@@ -116,69 +142,77 @@ def _as_words(scales: Tensor, bits: int) -> Tensor:
     return scales.view(scales.shape[0], -1).view(torch.int16 if bits == 16 else torch.int32)
 
 
-def _gemv(
-    quantized: tuple[Tensor, Tensor, Tensor],
-    planes: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
-    ggml_type: int,
-    bias: Tensor | None,
-    activation: str,
-    out: Tensor,
-    add: bool = False,
-    config: Config | None = None,
-) -> None:
-    """Launch; ``config`` overrides the table (tuning)."""
-    (parts, scale, sums), (low, high, scales, supers) = quantized, planes
-    plan, gated = layout(ggml_type), activation != "none"
-    (rows, features), (n, width) = out.shape, low.shape
-    k = width * 32 // plan.low_bits
-    assert parts.shape == (2, rows, k), f"parts {parts.shape} for {rows} rows of {k}"
+def _check(x: Tensor, norm: Tensor | None, low: Tensor, bits: int, epilogue: Epilogue) -> None:
+    (rows, k), out, n = x.shape, epilogue.out, low.shape[0]
     assert rows <= MAX_ROWS, f"{rows} rows; at most {MAX_ROWS} are supported"
-    assert n == features * (1 + gated), f"{n} weight rows for out {out.shape}, {activation}"
-    assert activation in ACTIVATIONS, activation
-    assert bias is None or bias.shape == (n,), f"bias {bias.shape} for {n} rows"
-    assert out.stride(1) == 1, "rows of out must be dense"
+    assert k % 32 == 0, f"x {x.shape}: rows must be blocks of 32"
+    assert low.shape[1] * 32 == padded(k) * bits, f"x {x.shape}, low {low.shape}"
+    assert n == epilogue.features * (1 + epilogue.gated), f"low {low.shape}, out {out.shape}"
+    assert out.shape[0] == rows, f"x {x.shape}, out {out.shape}"
+    assert epilogue.bias is None or epilogue.bias.shape == (n,), f"bias for {n} rows"
+    assert x.stride(1) == out.stride(1) == 1, "rows must be dense"
+    assert norm is None or (norm.shape == (k,) and norm.dtype == torch.float32), "norm"
+
+
+def _gemv(
+    x: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    planes: _Tensors,
+    ggml_type: int,
+    epilogue: Epilogue,
+    config: Config | None = None,
+    order: str = "alone",
+) -> None:
+    """Launch; ``config`` overrides the table (tuning), ``order`` as in ``wait_for_inputs``."""
+    (low, high, scales, supers), plan = planes, layout(ggml_type)
+    _check(x, norm, low, plan.low_bits, epilogue)
+    (rows, k), n, chunks = x.shape, low.shape[0], low.shape[1] // 4
     if rows == 0:
         return
-    chunks = width // 4
-    config = config or tuned("plane_gemv", tuning_key(ggml_type, n, k, 1), low.device)
+    width = padded(k)
+    config = config or tuned("plane_gemv", tuning_key(ggml_type, n, width, 1), low.device)
     config = config or rule(chunks)
     tile = config["rows"]
-    tiles = -(-features // (tile // 2 if gated else tile))
+    tiles = -(-epilogue.features // (tile // 2 if epilogue.gated else tile))
     programs = min(tiles, config["programs"] * multiprocessors(low.device))
     pdl = dependent_launch(low.device)
     plane_gemv_kernel[(programs, rows)](
-        parts.view(torch.int32),
-        scale,
-        sums,
+        x,
+        norm,
         low,
         high,
         _as_words(scales, 16 if plan.low_bits == 8 else 32),
         None if supers is None else _as_words(supers, 32 if plan.paired else 16),
-        bias,
-        out,
-        features,
-        out.stride(0),
-        k // 256,
+        epilogue.bias,
+        epilogue.out,
+        epilogue.features,
+        x.stride(0),
+        epilogue.out.stride(0),
+        eps,
+        k,
+        width // 256,
         _kept(chunks),
         plan.low_bits,
         plan.high_bits,
         plan.offset,
         plan.group,
         plan.scales,
-        activation,
-        add,
+        epilogue.activation,
+        epilogue.add,
         tile,
         has_ptx(low.device),
         bool(pdl),
+        order,
         num_warps=config["warps"],
         **pdl,
     )
 
 
 def plane_gemv_launcher(
-    parts: Tensor,
-    scale: Tensor,
-    sums: Tensor,
+    x: Tensor,
+    norm: Tensor | None,
+    eps: float,
     low: Tensor,
     high: Tensor | None,
     scales: Tensor,
@@ -188,14 +222,29 @@ def plane_gemv_launcher(
     activation: str,
     out: Tensor,
 ) -> None:
+    assert activation in ACTIVATIONS, activation
     planes = (low, high, scales, supers)
-    _gemv((parts, scale, sums), planes, ggml_type, bias, activation, out)
+    _gemv(x, norm, eps, planes, ggml_type, Epilogue(out, bias, activation))
+
+
+def plane_gemv_pair_launcher(
+    x: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    first: list[Tensor | None],
+    first_type: int,
+    second: list[Tensor | None],
+    second_type: int,
+    bias: Tensor | None,
+    out: Tensor,
+) -> None:
+    left, right = Epilogue(out, bias).split_at(cast(_Tensors, first)[0].shape[0])
+    _gemv(x, norm, eps, cast(_Tensors, first), first_type, left, order="first")
+    _gemv(x, norm, eps, cast(_Tensors, second), second_type, right, order="second")
 
 
 def plane_gemv_add_launcher(
-    parts: Tensor,
-    scale: Tensor,
-    sums: Tensor,
+    x: Tensor,
     low: Tensor,
     high: Tensor | None,
     scales: Tensor,
@@ -206,25 +255,30 @@ def plane_gemv_add_launcher(
 ) -> None:
     assert stream.dtype == torch.float32, f"stream {stream.dtype}"
     planes = (low, high, scales, supers)
-    _gemv((parts, scale, sums), planes, ggml_type, bias, "none", stream, add=True)
+    _gemv(x, None, 0.0, planes, ggml_type, Epilogue(stream, bias, add=True))
 
 
 def _fake(*_arguments: object) -> None:
     return None
 
 
-_INPUTS = (
-    "Tensor parts, Tensor scale, Tensor sums, Tensor low, Tensor? high, Tensor scales,"
-    " Tensor? supers, int ggml_type, Tensor? bias"
-)
+_PLANES = "Tensor low, Tensor? high, Tensor scales, Tensor? supers, int ggml_type, Tensor? bias"
 plane_gemv = op(
-    f"plane_gemv({_INPUTS}, str activation, Tensor(a!) out) -> ()",
+    f"plane_gemv(Tensor x, Tensor? norm, float eps, {_PLANES}, str activation, Tensor(a!) out)"
+    " -> ()",
     plane_gemv_reference,
     plane_gemv_launcher,
     _fake,
 )
+plane_gemv_pair = op(
+    "plane_gemv_pair(Tensor x, Tensor? norm, float eps, Tensor?[] first, int first_type,"
+    " Tensor?[] second, int second_type, Tensor? bias, Tensor(a!) out) -> ()",
+    plane_gemv_pair_reference,
+    plane_gemv_pair_launcher,
+    _fake,
+)
 plane_gemv_add = op(
-    f"plane_gemv_add({_INPUTS}, Tensor(a!) stream) -> ()",
+    f"plane_gemv_add(Tensor x, {_PLANES}, Tensor(a!) stream) -> ()",
     plane_gemv_add_reference,
     plane_gemv_add_launcher,
     _fake,
@@ -233,59 +287,90 @@ plane_gemv_add = op(
 _TYPES = {entry.name: entry for entry in gguf_formats().values() if entry.unpack is not None}
 
 
-def _inputs(
-    name: str, size: tuple[int, int, int], bias: bool, device: torch.device
-) -> tuple[object, ...]:
-    """Arguments up to ``bias`` for M, N, K."""
-    m, n, k = size
+def _planes(name: str, n: int, k: int, device: torch.device) -> tuple[object, ...]:
+    """``low`` to ``ggml_type``."""
     entry, cpu = _TYPES[name], torch.device("cpu")
     planes = random_planes(entry, n, k, cpu, torch.Generator().manual_seed(41))
-    x = random((m, k), torch.float32, cpu, 42)
-    tensors = (*quantize_rows_reference(x, padded(k)), *planes.tensors)
-    moved = [None if t is None else t.to(device) for t in tensors]
-    return *moved, entry.ggml_type, random((n,), torch.float32, device, 43) if bias else None
+    moved = [None if t is None else t.to(device) for t in planes.tensors]
+    return *moved, entry.ggml_type
 
 
 def _case(
     name: str,
     size: tuple[int, int, int],
     activation: str = "none",
-    bias: bool = False,
+    options: str = "",
     aot: tuple[torch.dtype, ...] = (),
 ) -> Case:
-    def build(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
-        features = size[1] // (1 if activation == "none" else 2)
-        out = torch.full((size[0], features + 3), torch.nan, dtype=dtype, device=device)[:, 3:]
-        return *_inputs(name, size, bias, device), activation, out
+    """``size`` is M, N, K; ``options``: "norm", "bias"."""
+    m, n, k = size
 
-    title = f"plane_gemv-{name}-{'x'.join(map(str, size))}-{activation}{'-bias' * bias}"
+    def build(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
+        normed = "norm" in options
+        x = random((m, k + 8), torch.float32 if normed else dtype, device, 42)[:, 8:]
+        norm = random((k,), torch.float32, device, 45) if normed else None
+        features = n // (1 if activation == "none" else 2)
+        out = torch.full((m, features + 3), torch.nan, dtype=dtype, device=device)[:, 3:]
+        bias = random((n,), torch.float32, device, 43) if "bias" in options else None
+        return x, norm, 1e-5, *_planes(name, n, k, device), bias, activation, out
+
+    title = f"plane_gemv-{name}-{m}x{n}x{k}-{activation}{'-' * bool(options)}{options}"
     fns = plane_gemv, plane_gemv_reference, plane_gemv_launcher
     interpret = size[2] < 4096 and size[0] < 8  # the interpreter is slow
     return Case(title, *fns, build, mutates=(10,), interpret=interpret, aot=aot)
 
 
 def _add_case(name: str, size: tuple[int, int, int], bias: bool = False) -> Case:
-    def build(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
-        stream = random(size[:2], torch.float32, device, 44)
-        return *_inputs(name, size, bias, device), stream
+    m, n, k = size
 
-    title = f"plane_gemv_add-{name}-{'x'.join(map(str, size))}{'-bias' * bias}"
+    def build(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
+        x = random((m, k), dtype, device, 42)
+        stream = random((m, n + 4), torch.float32, device, 44)[:, 4:]
+        vector = random((n,), torch.float32, device, 43) if bias else None
+        return x, *_planes(name, n, k, device), vector, stream
+
+    title = f"plane_gemv_add-{name}-{m}x{n}x{k}{'-bias' * bias}"
     fns = plane_gemv_add, plane_gemv_add_reference, plane_gemv_add_launcher
-    interpret, aot = size[2] < 4096, BF16 * (size[0] == 1)
-    return Case(title, *fns, build, mutates=(9,), interpret=interpret, aot=aot)
+    interpret, aot = size[2] < 4096, BF16 * (m == 1)
+    return Case(title, *fns, build, mutates=(7,), interpret=interpret, aot=aot)
+
+
+def _pair_case(
+    names: tuple[str, str], size: tuple[int, int, int], bias: bool = False, norm: bool = True
+) -> Case:
+    """N of the first weight, of which the second has half."""
+    m, n, k = size
+
+    def build(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
+        x = random((m, k), torch.float32 if norm else dtype, device, 42)
+        scale = random((k,), torch.float32, device, 45) if norm else None
+        *first, first_type = _planes(names[0], n, k, device)
+        *second, second_type = _planes(names[1], n // 2, k, device)
+        total = n + n // 2
+        some_bias = random((total,), torch.float32, device, 43) if bias else None
+        out = torch.full((m, total + 3), torch.nan, dtype=dtype, device=device)[:, 3:]
+        return x, scale, 1e-5, first, first_type, second, second_type, some_bias, out
+
+    title = f"plane_gemv_pair-{'-'.join(names)}-{m}x{n}x{k}{'-bias' * bias}"
+    fns = plane_gemv_pair, plane_gemv_pair_reference, plane_gemv_pair_launcher
+    interpret, aot = k < 4096, (torch.float16,) * bias
+    return Case(title, *fns, build, mutates=(8,), interpret=interpret, aot=aot)
 
 
 def _cases() -> Iterator[Case]:
+    yield _pair_case(("Q4_K", "Q6_K"), (1, 10, 512), bias=True)
+    yield _pair_case(("Q8_0", "Q5_0"), (2, 6, 288), norm=False)
+    yield _pair_case(("Q4_K", "Q6_K"), (1, 2048, 4096))
     for name, entry in _TYPES.items():
-        yield _case(name, (1, 6, 4096), aot=BF16)
+        yield _case(name, (1, 6, 4096), options="norm", aot=BF16)
         yield _case(name, (1, 9, 512))
         yield _case(name, (8, 5, 256), aot=BF16)
-        yield _case(name, (3, 13, 768), bias=True)
+        yield _case(name, (3, 13, 768), options="norm-bias")
         if entry.block_size == 32:
             yield _case(name, (2, 4, 1056))
     for activation in ("silu", "gelu_tanh"):
-        yield _case("Q4_K", (1, 12, 1024), activation, aot=BOTH)
-        yield _case("Q6_K", (5, 10, 512), activation, bias=True)
+        yield _case("Q4_K", (1, 12, 1024), activation, "norm", aot=BOTH)
+        yield _case("Q6_K", (5, 10, 512), activation, "bias")
     for name, size in (("Q4_K", (1, 9, 14336)), ("Q6_K", (1, 9, 2048)), ("Q8_0", (4, 7, 288))):
         yield _add_case(name, size, bias=name == "Q8_0")
 
@@ -299,14 +384,15 @@ def _runner(ggml_type: int, n: int, k: int, device: torch.device) -> Callable[[C
     planes = random_planes(entry, n, k, device, generator)
     copies = [replace(planes, low=planes.low.clone()) for _ in range((256 << 20) // planes.nbytes)]
     weights = cycle([planes, *copies])
-    quantized = quantize_rows(torch.randn((1, k), device=device), padded(k))
     add, gated = n <= k, 4 * k <= n <= 65536
+    stream = torch.randn((1, k), device=device)
+    x, norm = (stream.bfloat16(), None) if add else (stream, torch.ones(k, device=device))
     dtype = torch.float32 if add or n > 65536 else torch.bfloat16
     out = torch.zeros((1, n // 2 if gated else n), dtype=dtype, device=device)
+    epilogue = Epilogue(out, None, "silu" if gated else "none", add)
 
     def run(config: Config) -> None:
-        activation = "silu" if gated else "none"
-        _gemv(quantized, next(weights).tensors, ggml_type, None, activation, out, add, config)
+        _gemv(x, norm, 1e-5, next(weights).tensors, ggml_type, epilogue, config)
 
     return run
 
@@ -320,7 +406,8 @@ def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
             width = padded(k)
             tried = tuple(candidates(width * layout(kind).low_bits // 128))
             build = partial(_runner, kind, n, k)
-            yield Problem(tuning_key(kind, n, width, 1), int(n * width * bits / 8), build, tried)
+            key = tuning_key(kind, n, width, 1)
+            yield Problem(key, int(n * width * bits / 8), build, tried)
 
 
 TUNABLE = Tunable("plane_gemv", _problems)

@@ -6,20 +6,21 @@ field. Per run, with x16 the integers of x and xs their scale,
     y += xs * (scale * (dot(q, x16) - offset * sum(x16)) + minimum * sum(x16))
 
 where dot and sum are exact in int32. At the sizes of a GEMV only the weights' bytes count, as long
-as the instructions stay below them. There is twice as much of x as of two rows of 4-bit weights, so
-x must not be read for every tile: as many programs as the GPU holds at once keep all of x in
-registers and walk over the rows of the weight, a tile of rows in flight while the one before is
-worked on. A thread owns some chunks of each row of a tile, and nothing crosses threads before the
-last sum. The weights do not depend on the kernel before: with programmatic dependent launch (Hopper
-and newer) the first tile is being loaded while that kernel drains.
+as the instructions stay below them. So as many programs as the GPU holds at once quantise x
+(:mod:`squall.kernels.quant.gemv_input`), keep it in registers and walk over the rows of the weight,
+a tile of rows in flight while the one before is worked on. A thread owns some chunks of each row of
+a tile, and nothing crosses threads before the last sum. The weights do not depend on the kernel
+before: with programmatic dependent launch (Hopper and newer) the first tile is being loaded while
+that kernel drains and while x is quantised.
 
 All tensors are ``[1, weight rows, chunks, words]``: with one shape, and with loads of four words
 deciding the layout, values stay in the threads that load them.
 """
 
-from squall.kernels.lang import tl, triton
+from squall.kernels.lang import tl, triton, wait_for_first, wait_for_inputs
 from squall.kernels.launch import kernel
 from squall.kernels.linear_epilogue import finish_row, weight_rows
+from squall.kernels.quant.gemv_input import add_squares, load_run, multiply, quantize
 
 
 @triton.jit
@@ -105,27 +106,12 @@ def _run_quants(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _load_run(  # type: ignore[no-untyped-def]
-    parts_ptr,
-    low_parts_ptr,
-    scale_ptr,
-    sums_ptr,
-    chunk,
-    RUN: tl.constexpr,
-    RUNS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
-    """What run RUN of each chunk meets of x: both parts ``[1, 1, CHUNKS, 4]``, the scale, the sum
+def _run(x, OFFSET: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a run of each chunk meets of x: both bytes ``[1, 1, CHUNKS, 4]``, the scale, the sum
     times the format's offset, and the sum itself in x's own units, ``[1, 1, CHUNKS, 1]``."""
-    inside = chunk < BLOCKS * (16 // RUNS)
-    unit, half = chunk // 2, chunk & 1
-    place = unit * (8 * RUNS) + 8 * RUN + half * 4 + tl.arange(0, 4)[None, None, None, :]
-    high = tl.load(parts_ptr + place, mask=inside, other=0)
-    low = tl.load(low_parts_ptr + place, mask=inside, other=0)
-    xs = tl.load(scale_ptr + unit * RUNS + RUN, mask=inside, other=0.0)
-    total = tl.load(sums_ptr + unit * (2 * RUNS) + 2 * RUN + half, mask=inside, other=0)
-    return high, low, xs, total * OFFSET, total.to(tl.float32) * xs
+    high, low, scale = quantize(x, PTX)
+    total = _dot(tl.full(high.shape, 0x01010101, tl.int32), high, low, PTX)
+    return high, low, scale, total * OFFSET, total.to(tl.float32) * scale
 
 
 @triton.jit
@@ -190,7 +176,7 @@ def _add_run(  # type: ignore[no-untyped-def]
     RUN_BITS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """``total`` and ``least`` (the minimums' part) with one run added; ``x`` from ``_load_run``."""
+    """``total`` and ``least`` (the minimums' part) with one run added; ``x`` from ``_run``."""
     dot = _dot(_run_quants(low, high, RUN, LOW, HIGH), x[0], x[1], PTX)
     if OFFSET > 0:
         dot -= x[3]
@@ -208,10 +194,8 @@ def _tile_sums(  # type: ignore[no-untyped-def]
     scales,
     supers,
     chunk,
-    x0,
-    x1,
-    x2,
-    x3,
+    x,
+    factor,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     OFFSET: tl.constexpr,
@@ -220,7 +204,7 @@ def _tile_sums(  # type: ignore[no-untyped-def]
     RUN_BITS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Products of a tile with x: float32 ``[1, TILE]``."""
+    """Products of a tile with ``factor * x``: float32 ``[1, TILE]``."""
     RUNS: tl.constexpr = 8 // LOW
     half = chunk & 1
     if HIGH > 0:
@@ -228,22 +212,10 @@ def _tile_sums(  # type: ignore[no-untyped-def]
         high = high >> (((chunk // 2) % (8 // HIGH // RUNS)) * (HIGH * RUNS))
     total = tl.zeros([1, low.shape[1], low.shape[2], 1], tl.float32)
     least = total
-    total, least = _add_run(
-        total, least, low, high, scales, half, x0, 0, LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX
-    )
-    if RUNS > 1:
+    for run in tl.static_range(RUNS):
         total, least = _add_run(
-            total, least, low, high, scales, half, x1,
-            1, LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX,
-        )  # fmt: skip
-    if RUNS > 2:
-        total, least = _add_run(
-            total, least, low, high, scales, half, x2,
-            2, LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX,
-        )  # fmt: skip
-        total, least = _add_run(
-            total, least, low, high, scales, half, x3,
-            3, LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX,
+            total, least, low, high, scales, half, x[run],
+            run, LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX,
         )  # fmt: skip
     if KIND == "byte_pair":
         both = _word(supers, 0)
@@ -252,14 +224,13 @@ def _tile_sums(  # type: ignore[no-untyped-def]
         total = total * _half(_word(supers, 0).to(tl.int32))
     elif KIND == "half_pair":
         total += least
-    return tl.sum(total.reshape(1, low.shape[1], low.shape[2]), axis=2)
+    return tl.sum(total.reshape(1, low.shape[1], low.shape[2]), axis=2) * factor
 
 
-@kernel(do_not_specialize=["features"])
+@kernel(do_not_specialize=["features", "eps"])
 def plane_gemv_kernel(  # type: ignore[no-untyped-def]
-    parts_ptr,
-    scale_ptr,
-    sums_ptr,
+    x_ptr,
+    norm_ptr,
     low_ptr,
     high_ptr,
     scales_ptr,
@@ -267,7 +238,10 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
     bias_ptr,
     y_ptr,
     features,
+    x_stride,
     y_stride,
+    eps,
+    K: tl.constexpr,
     BLOCKS: tl.constexpr,
     CHUNKS: tl.constexpr,
     LOW: tl.constexpr,
@@ -280,10 +254,11 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     PTX: tl.constexpr,
     PDL: tl.constexpr,
+    ORDER: tl.constexpr,
 ):
-    """Grid (programs, rows of x), any number of programs. BLOCKS are columns of the planes by 256,
-    CHUNKS is at least the number of chunks of a row. Scales come in words of 32 bits, of 16 with
-    8-bit planes; supers of 32, or of 16 where they are not pairs.
+    """Grid (programs, rows of x), any number of programs. ``norm_ptr`` float32 [K] or None. BLOCKS
+    are columns of the planes by 256, CHUNKS is at least the number of chunks of a row. Scales come
+    in words of 32 bits, of 16 with 8-bit planes; supers of 32, or of 16 where they are not pairs.
     """
     GATED: tl.constexpr = ACTIVATION != "none"
     OUT: tl.constexpr = TILE // 2 if GATED else TILE
@@ -294,34 +269,34 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
     tiles = (features + OUT - 1) // OUT
     step = tl.num_programs(0)
     tile = tl.program_id(0)
-    row = tl.program_id(1)
-    parts_ptr += row * (BLOCKS * 64)
-    low_parts_ptr = parts_ptr + tl.num_programs(1) * (BLOCKS * 64)
-    scale_ptr += row * (BLOCKS * 8)
-    sums_ptr += row * (BLOCKS * 16)
-    y_ptr += row.to(tl.int64) * y_stride
+    x_ptr += tl.program_id(1).to(tl.int64) * x_stride
+    y_ptr += tl.program_id(1).to(tl.int64) * y_stride
     chunk = tl.arange(0, CHUNKS)[None, None, :, None]
     low_1, high_1, scales_1, supers_1 = _load_tile(
         low_ptr, high_ptr, scales_ptr, supers_ptr, tile, tiles, features, chunk,
         BLOCKS, LOW, HIGH, UNIT_BITS, TILE, GATED,
     )  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    norm = ()
+    if norm_ptr is not None:
+        for run in tl.static_range(RUNS):
+            norm += (load_run(norm_ptr, chunk, run, RUNS, K),)  # type: ignore[assignment]
+    wait_for_inputs(PDL, ORDER)
 
-    x0 = _load_run(parts_ptr, low_parts_ptr, scale_ptr, sums_ptr, chunk, 0, RUNS, BLOCKS, OFFSET)
-    x1, x2, x3 = x0, x0, x0
-    if RUNS > 1:
-        x1 = _load_run(
-            parts_ptr, low_parts_ptr, scale_ptr, sums_ptr, chunk, 1, RUNS, BLOCKS, OFFSET
-        )
-    if RUNS > 2:
-        x2 = _load_run(
-            parts_ptr, low_parts_ptr, scale_ptr, sums_ptr, chunk, 2, RUNS, BLOCKS, OFFSET
-        )
-        x3 = _load_run(
-            parts_ptr, low_parts_ptr, scale_ptr, sums_ptr, chunk, 3, RUNS, BLOCKS, OFFSET
-        )
+    row = ()
+    for run in tl.static_range(RUNS):
+        row += (load_run(x_ptr, chunk, run, RUNS, K),)  # type: ignore[assignment]
+    squares = tl.zeros([1, 1, CHUNKS, 4], tl.float32)
+    x = ()
+    for run in tl.static_range(RUNS):
+        if norm_ptr is not None:
+            squares = add_squares(squares, row[run])
+            x += (_run(multiply(row[run], norm[run]), OFFSET, PTX),)  # type: ignore[assignment]
+        else:
+            x += (_run(row[run], OFFSET, PTX),)  # type: ignore[assignment]
+    factor = 1.0
+    if norm_ptr is not None:
+        square = tl.sum(tl.sum(squares, axis=3).reshape(CHUNKS), axis=0)
+        factor = tl.rsqrt(square / K + eps)
     # Two tiles in turn: a loop that hands one tile over to the next round copies its registers, and
     # a copy waits for the load.
     for _ in range(0, tl.cdiv(tl.maximum(tiles - tile, 0), 2 * step)):
@@ -330,7 +305,7 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
             BLOCKS, LOW, HIGH, UNIT_BITS, TILE, GATED,
         )  # fmt: skip
         y = _tile_sums(
-            low_1, high_1, scales_1, supers_1, chunk, x0, x1, x2, x3,
+            low_1, high_1, scales_1, supers_1, chunk, x, factor,
             LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX,
         )  # fmt: skip
         finish_row(y, tile, tiles, features, bias_ptr, y_ptr, ACTIVATION, ADD)
@@ -339,8 +314,9 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
             BLOCKS, LOW, HIGH, UNIT_BITS, TILE, GATED,
         )  # fmt: skip
         y = _tile_sums(
-            low_2, high_2, scales_2, supers_2, chunk, x0, x1, x2, x3,
+            low_2, high_2, scales_2, supers_2, chunk, x, factor,
             LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX,
         )  # fmt: skip
         finish_row(y, tile + step, tiles, features, bias_ptr, y_ptr, ACTIVATION, ADD)
         tile += 2 * step
+    wait_for_first(PDL, ORDER)

@@ -22,7 +22,6 @@ from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.lang import next_power_of_2
 from squall.kernels.linear import blas, blas_add
 from squall.kernels.quant import gemm, gemv
-from squall.kernels.quant.activations import Quantized, norm_quantize_rows, quantize_rows
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.expand import expand_planes, plane_rows
 from squall.kernels.quant.planes import Planes, layout, padded, random_planes, tuning_key
@@ -42,30 +41,20 @@ def _possible(rows: int, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 class _Input:
-    """Activations in the form a way of multiplying takes them, each made at most once.
-
-    ``x [M, K]``, or with ``norm`` the residual stream, float32, still to be normalised and rounded
-    to ``dtype``.
-    """
+    """Activations ``x [M, K]``, or with ``norm`` the residual stream, float32, still to be
+    normalised and rounded to ``dtype``: by the GEMV itself, or once for all others."""
 
     def __init__(
         self, x: Tensor, dtype: torch.dtype, norm: Tensor | None = None, eps: float = 0.0
     ) -> None:
-        self._x, self._norm, self._eps = x, norm, eps
+        self.x, self.norm, self.eps = x, norm, eps
         self.rows, self.dtype = x.shape[0], dtype
 
     @cached_property
-    def quantized(self) -> Quantized:
-        width = padded(self._x.shape[1])
-        if self._norm is None:
-            return quantize_rows(self._x, width)
-        return norm_quantize_rows(self._x, self._norm, self._eps, width)
-
-    @cached_property
     def dense(self) -> Tensor:
-        if self._norm is None:
-            return self._x
-        return rms_norm(self._x, self._norm, self._eps, self.dtype)
+        if self.norm is None:
+            return self.x
+        return rms_norm(self.x, self.norm, self.eps, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -104,7 +93,7 @@ class PlaneWeight:
     ) -> Tensor:
         """``act(rms_norm(stream) W^T + bias)`` of ``dtype``: ``[M, N]``, or ``[M, N / 2]``."""
         x = _Input(stream, self.dtype, norm, eps)
-        way = self._way(x)
+        way = self.way(x)
         fused = way != "blas"
         features = self.out_features // (2 if fused and activation != "none" else 1)
         y = stream.new_empty((x.rows, features), dtype=dtype)
@@ -132,9 +121,10 @@ class PlaneWeight:
 
         ``way`` overrides the choice.
         """
-        way, kind = way or self._way(x), self.planes.format.ggml_type
+        way, kind = way or self.way(x), self.planes.format.ggml_type
         if way == "gemv":
-            gemv.plane_gemv(*x.quantized, *self.planes.tensors, kind, bias, activation, out)
+            source = x.x, x.norm, x.eps
+            gemv.plane_gemv(*source, *self.planes.tensors, kind, bias, activation, out)
         elif way == "gemm":
             gemm.plane_gemm(x.dense, *self.planes.tensors, kind, bias, activation, out)
         else:
@@ -146,16 +136,16 @@ class PlaneWeight:
         self, x: _Input, bias: Tensor | None, stream: Tensor, way: str | None = None
     ) -> None:
         """Add the product to ``stream``, whose rows may be strided; ``way`` as in multiply."""
-        way, kind = way or self._way(x), self.planes.format.ggml_type
+        way, kind = way or self.way(x), self.planes.format.ggml_type
         if way == "gemv":
-            gemv.plane_gemv_add(*x.quantized, *self.planes.tensors, kind, bias, stream)
+            gemv.plane_gemv_add(x.x, *self.planes.tensors, kind, bias, stream)
         elif way == "gemm":
             gemm.plane_gemm_add(x.dense, *self.planes.tensors, kind, bias, stream)
         else:
             for weight, some_bias, columns in self._expanded(x.dense.dtype, bias, stream):
                 blas_add(x.dense, weight, some_bias, columns)
 
-    def _way(self, x: _Input) -> str:
+    def way(self, x: _Input) -> str:
         """The way that the table names, or else the first possible one."""
         possible = _possible(x.rows, x.dtype)
         bucket = next_power_of_2(max(1, x.rows))
@@ -195,7 +185,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Non
 class PlaneStack:
     """Matrices of several types side by side along N: q and k of one type, v of another.
 
-    Activations are made once, and every part writes its own columns of one result.
+    Activations are made once, and every part writes its own columns of one result; two parts are
+    multiplied side by side.
     """
 
     parts: tuple[PlaneWeight, ...]
@@ -243,8 +234,15 @@ class PlaneStack:
         self, source: _Input, bias: Tensor | None, like: Tensor, dtype: torch.dtype
     ) -> Tensor:
         y = like.new_empty((source.rows, self.out_features), dtype=dtype)
-        for part, place in self._places():
-            part.multiply(source, None if bias is None else bias[place], y[:, place])
+        way = {part.way(source) for part in self.parts} if len(self.parts) == 2 else set()
+        pair = [t for p in self.parts for t in (p.planes.tensors, p.planes.format.ggml_type)]
+        if way == {"gemv"}:
+            gemv.plane_gemv_pair(source.x, source.norm, source.eps, *pair, bias, y)
+        elif way == {"gemm"}:
+            gemm.plane_gemm_pair(source.dense, *pair, bias, y)
+        else:
+            for part, place in self._places():
+                part.multiply(source, None if bias is None else bias[place], y[:, place])
         return y
 
     def _places(self) -> Iterator[tuple[PlaneWeight, slice]]:

@@ -31,8 +31,6 @@ KERNELS = {
     "_count_kernel",
     "_gather_kernel",
     "plane_gemm_kernel",
-    "_quantize_kernel",
-    "_norm_quantize_kernel",
     "_expand_kernel",
     "plane_gemv_kernel",
 }

@@ -60,11 +60,11 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(module, name, run)
 
-    for name in ("plane_gemv", "plane_gemv_add"):
+    for name in ("plane_gemv", "plane_gemv_pair", "plane_gemv_add"):
         watch(gemv, name)
-    for name in ("plane_gemm", "plane_gemm_add"):
+    for name in ("plane_gemm", "plane_gemm_pair", "plane_gemm_add"):
         watch(gemm, name)
-    for name in ("quantize_rows", "norm_quantize_rows", "rms_norm", "expand_planes"):
+    for name in ("rms_norm", "expand_planes"):
         watch(plane_weight, name)
     return seen
 
@@ -149,9 +149,9 @@ def test_a_row_does_not_depend_on_its_company() -> None:
 @pytest.mark.parametrize(
     ("rows", "dtype", "expected"),
     [
-        (1, torch.bfloat16, ["norm_quantize_rows", "plane_gemv", "plane_gemv"]),
-        (8, torch.float32, ["norm_quantize_rows", "plane_gemv", "plane_gemv"]),
-        (2, torch.bfloat16, ["rms_norm", "plane_gemm", "plane_gemm"]),
+        (1, torch.bfloat16, ["plane_gemv_pair"]),
+        (8, torch.float32, ["plane_gemv_pair"]),
+        (2, torch.bfloat16, ["rms_norm", "plane_gemm_pair"]),
         (9, torch.float32, ["rms_norm", "expand_planes", "expand_planes"]),
         (gemm.MAX_ROWS + 1, torch.float16, ["rms_norm", "expand_planes", "expand_planes"]),
     ],
@@ -207,3 +207,42 @@ def test_large_matrices_are_expanded_in_parts(
     stream = torch.zeros(9, 25)
     weight.linear_add(x, bias, stream)
     assert_close(stream, want, x.dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("rows", [1, 8, 32])
+def test_parts_side_by_side_are_the_same_in_a_chain_of_launches(rows: int) -> None:
+    """Each step's products read what the step before has written, and write what it has read."""
+    device, k = torch.device("cuda"), 1024
+    generator = torch.Generator(device).manual_seed(1)
+    stacks = [
+        PlaneStack(
+            tuple(
+                PlaneWeight(random_planes(FORMATS[name], n, k, device, generator), torch.float16)
+                for name, n in (("Q4_K", 768), ("Q6_K", 256))
+            )
+        )
+        for _ in range(8)
+    ]
+    norm = torch.ones(k, device=device)
+
+    def chain(stream: Tensor, wait: bool) -> Tensor:
+        for stack in stacks * 3:
+            y = stack.norm_linear(stream, norm, 1e-5, None, "none", torch.float16)
+            if wait:
+                torch.cuda.synchronize()
+            stack.linear_add(y, None, stream)
+            if wait:
+                torch.cuda.synchronize()
+        return stream
+
+    start = random((rows, k), torch.float32, device, 12)
+    want = chain(start.clone(), wait=True)
+    graph, stream = torch.cuda.CUDAGraph(), start.clone()
+    with torch.cuda.graph(graph):
+        chain(stream, wait=False)
+    for _ in range(20):
+        stream.copy_(start)
+        graph.replay()
+        assert torch.equal(stream, want)

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from squall.kernels.cases import Case, results
-from squall.kernels.quant import activations, expand, gemv
-from squall.kernels.quant.activations import quantize_rows, restore
+from squall.kernels.quant import expand, gemv
 from squall.kernels.quant.base import QuantFormat, gguf_formats
 from squall.kernels.quant.expand import expand_planes, plane_rows
 from squall.kernels.quant.planes import (
@@ -182,21 +181,16 @@ def test_errors_name_what_is_wrong() -> None:
         random_planes(FORMATS["Q4_K"], 2, 128, CPU)
 
 
-def test_quantised_rows_are_close_and_exact_in_their_parts() -> None:
+def test_activations_are_rounded_to_16_bits_a_block() -> None:
     x = torch.randn(4, 96, generator=torch.Generator().manual_seed(3)) * torch.logspace(-6, 3, 96)
     x[1, :32] = 0
     x[2, 40] = 1e30
-    parts, scale, sums = quantize_rows(x, 256)
-    assert (parts.dtype, scale.dtype, sums.dtype) == (torch.int8, torch.float32, torch.int32)
-    assert (parts.shape, scale.shape, sums.shape) == ((2, 4, 256), (4, 8), (4, 16))
-    x16 = parts[0].int() * 256 + parts[1]
-    assert x16.abs().amax() == 32639
-    assert torch.equal(sums, x16.view(4, 16, 16).sum(-1, dtype=torch.int32))
-    off = (restore((parts, scale, sums))[:, :96] - x).abs().view(4, 3, 32)
-    assert (off <= scale[:, :3, None] * 0.501).all()
-    assert not x16[:, 96:].any()
-    alone = quantize_rows(x[2:3], 256)
-    assert torch.equal(alone[0], parts[:, 2:3])
+    got = gemv.rounded(x)
+    largest = x.view(4, 3, 32).abs().amax(-1, keepdim=True)
+    assert ((got - x).view(4, 3, 32).abs() <= largest / 32639 * 0.505).all()
+    found = got.view(4, 3, 32).abs().amax(-1, keepdim=True)
+    torch.testing.assert_close(found, largest, rtol=2e-7, atol=0)
+    assert torch.equal(gemv.rounded(x[2:3]), got[2:3])
 
 
 def expand_formula(*args: Any) -> tuple[Tensor, ...]:
@@ -209,33 +203,32 @@ def rows_formula(*args: Any) -> tuple[Tensor, ...]:
     return (expand_formula(*planes, torch.float64)[0][ids.long()].to(dtype),)
 
 
-def quantize_formula(x: Tensor, width: int) -> tuple[Tensor, ...]:
-    """The numbers that blocks stand for, and their sums by 16."""
-    x = F.pad(x.double(), (0, width - x.shape[1]))
-    return x.half(), x.view(x.shape[0], width // 16, 16).sum(-1).half()
-
-
-def norm_quantize_formula(x: Tensor, norm: Tensor, eps: float, width: int) -> tuple[Tensor, ...]:
-    x = x.double()
-    x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * norm
-    return quantize_formula(x, width)
-
-
-def gemv_product(*args: Any) -> Tensor:
-    parts, scale, _, low, high, scales, supers, kind, bias = args
-    x = (parts[0].double() * 256 + parts[1]) * scale.double().repeat_interleave(32, 1)
-    planes = Planes(gguf_formats()[kind], parts.shape[2], low, high, scales, supers)
-    y = x @ weights_by_index(planes).t()
+def gemv_product(x: Tensor, *args: Any) -> Tensor:
+    low, high, scales, supers, kind, bias = args
+    planes = Planes(gguf_formats()[kind], x.shape[1], low, high, scales, supers)
+    y = gemv.rounded(x).double() @ weights_by_index(planes).t()
     return y if bias is None else y + bias
 
 
 def gemv_formula(*args: Any) -> tuple[Tensor, ...]:
-    *inputs, activation, out = args
-    y = gemv_product(*inputs)
+    x, norm, eps, *inputs, activation, out = args
+    if norm is not None:
+        x = (x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt() * norm).float()
+    y = gemv_product(x, *inputs)
     if activation != "none":
         gate, up = y.tensor_split(2, -1)
         y = (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
     return (y.to(out.dtype),)
+
+
+def gemv_pair_formula(*args: Any) -> tuple[Tensor, ...]:
+    *inputs, first, first_type, second, second_type, bias, out = args
+    parts = [
+        gemv_formula(*inputs, *planes, kind, None, "none", out.double())[0]
+        for planes, kind in ((first, first_type), (second, second_type))
+    ]
+    y = torch.cat(parts, 1)
+    return ((y if bias is None else y + bias).to(out.dtype),)
 
 
 def gemv_add_formula(*args: Any) -> tuple[Tensor, ...]:
@@ -246,12 +239,11 @@ def gemv_add_formula(*args: Any) -> tuple[Tensor, ...]:
 FORMULAS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "squall::expand_planes": expand_formula,
     "squall::plane_rows": rows_formula,
-    "squall::quantize_rows": quantize_formula,
-    "squall::norm_quantize_rows": norm_quantize_formula,
     "squall::plane_gemv": gemv_formula,
+    "squall::plane_gemv_pair": gemv_pair_formula,
     "squall::plane_gemv_add": gemv_add_formula,
 }
-CASES = expand.CASES + activations.CASES + gemv.CASES
+CASES = expand.CASES + gemv.CASES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -312,10 +304,3 @@ class TestOnAGpu:
         ids = torch.arange(0, len(raw), 3, dtype=torch.int32)
         got = plane_rows(*planes.tensors, kind, k, ids.cuda(), torch.float32)
         assert_same_bits(got.cpu(), want[ids.long()])
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-    def test_quantised_rows(self, dtype: torch.dtype) -> None:
-        x = torch.randn(5, 1056, generator=torch.Generator().manual_seed(5)).to(dtype)
-        x[3, 64:96] = 0
-        for got, want in zip(quantize_rows(x.cuda(), 1280), quantize_rows(x, 1280), strict=True):
-            assert torch.equal(got.cpu(), want)

@@ -17,8 +17,7 @@ CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Operators whose formulas are in a test file of their own.
 ELSEWHERE = {
-    "test_planes": "expand_planes plane_rows quantize_rows norm_quantize_rows plane_gemv "
-    "plane_gemv_add",
+    "test_planes": "expand_planes plane_rows plane_gemv plane_gemv_pair plane_gemv_add",
     "test_attention_step": "decode_attention",
     "test_sample": "sample_tokens_ penalize_ count_tokens_ gather_ids",
 }
@@ -174,6 +173,16 @@ def naive_plane_gemm(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return (gates[activation](y)[0].to(out.dtype),)
 
 
+def naive_plane_gemm_pair(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    first, first_type, second, second_type, bias, out = rest
+    parts = [
+        naive_plane_gemm(x, *planes, kind, None, "none", out.double())[0]
+        for planes, kind in ((first, first_type), (second, second_type))
+    ]
+    y = torch.cat(parts, 1)
+    return ((y if bias is None else y + bias).to(out.dtype),)
+
+
 def naive_plane_gemm_add(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *before, stream = rest
     y = naive_plane_gemm(x, *before, "none", stream.double())[0]
@@ -185,6 +194,7 @@ NAIVE: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "squall::rms_norm_add": naive_rms_norm_add,
     "squall::rope_store_kv": naive_rope_store_kv,
     "squall::plane_gemm": naive_plane_gemm,
+    "squall::plane_gemm_pair": naive_plane_gemm_pair,
     "squall::plane_gemm_add": naive_plane_gemm_add,
     "squall::linear": naive_linear,
     "squall::norm_linear": naive_norm_linear,
