@@ -17,6 +17,7 @@ __all__ = [
     "triton",
     "wait_for_first",
     "wait_for_inputs",
+    "wait_in_order",
 ]
 
 
@@ -61,11 +62,19 @@ else:
 
 
 @triton.jit
-def wait_for_inputs(PDL: tl.constexpr, ORDER: tl.constexpr = "alone"):  # type: ignore[no-untyped-def]
-    """With programmatic dependent launch: let the next kernel come, and wait for the last.
+def wait_for_inputs(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """With programmatic dependent launch: let the next kernel come, and wait for the last."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
-    Two kernels with the same inputs can run side by side: ORDER "first" lets the next one come only
-    when the inputs are there, and "second" does not wait, but calls ``wait_for_first`` at its end.
+
+@triton.jit
+def wait_in_order(PDL: tl.constexpr, ORDER: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``wait_for_inputs`` of a kernel that may run beside another one with the same inputs.
+
+    "first" lets the next one come only when the inputs are there; "second" then need not wait, but
+    calls ``wait_for_first`` at its end. "alone" is as usual.
     """
     if PDL:
         if ORDER != "first":

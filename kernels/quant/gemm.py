@@ -196,7 +196,7 @@ def _gemm(
     config: Config | None = None,
     order: str = "alone",
 ) -> Tensor | None:
-    """Launch; ``config`` overrides the table (tuning), ``order`` as in ``wait_for_inputs``. Returns
+    """Launch; ``config`` overrides the table (tuning), ``order`` as in ``wait_in_order``. Returns
     the workspace: the "second" kernel must not get that of the "first"."""
     (low, high, scales, supers), plan = planes, layout(ggml_type)
     _check(x, low, plan, epilogue)

@@ -14,7 +14,7 @@ Nothing in the loop moves values between threads, or Triton would load the plane
 and pass the finished weights through shared memory instead.
 """
 
-from squall.kernels.lang import tl, wait_for_first, wait_for_inputs
+from squall.kernels.lang import tl, wait_for_first, wait_in_order
 from squall.kernels.launch import kernel
 from squall.kernels.linear_epilogue import (
     finish_tile,
@@ -67,7 +67,7 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
     ``[2, N / 2, words]`` by ``[2, BLOCK_N / 2, words of BLOCK_K]``. All others are int32 words.
     ``partial_ptr`` float32 [grid 0, SPLIT, BLOCK_N, BLOCK_M], ``counter_ptr`` int32 [grid 0].
     """
-    wait_for_inputs(PDL, ORDER)
+    wait_in_order(PDL, ORDER)
     WORDS: tl.constexpr = 2 if KIND == "half_pair" or (KIND == "byte_pair" and GROUP == 16) else 1
     SCALES: tl.constexpr = BLOCK_K // 64 * WORDS
     LOW_WORDS: tl.constexpr = BLOCK_K * LOW_BITS // 16

@@ -164,7 +164,7 @@ def _gemv(
     config: Config | None = None,
     order: str = "alone",
 ) -> None:
-    """Launch; ``config`` overrides the table (tuning), ``order`` as in ``wait_for_inputs``."""
+    """Launch; ``config`` overrides the table (tuning), ``order`` as in ``wait_in_order``."""
     (low, high, scales, supers), plan = planes, layout(ggml_type)
     _check(x, norm, low, plan.low_bits, epilogue)
     (rows, k), n, chunks = x.shape, low.shape[0], low.shape[1] // 4

@@ -17,7 +17,7 @@ All tensors are ``[1, weight rows, chunks, words]``: with one shape, and with lo
 deciding the layout, values stay in the threads that load them.
 """
 
-from squall.kernels.lang import tl, triton, wait_for_first, wait_for_inputs
+from squall.kernels.lang import tl, triton, wait_for_first, wait_in_order
 from squall.kernels.launch import kernel
 from squall.kernels.linear_epilogue import finish_row, weight_rows
 from squall.kernels.quant.gemv_input import add_squares, load_run, multiply, quantize
@@ -280,7 +280,7 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
     if norm_ptr is not None:
         for run in tl.static_range(RUNS):
             norm += (load_run(norm_ptr, chunk, run, RUNS, K),)  # type: ignore[assignment]
-    wait_for_inputs(PDL, ORDER)
+    wait_in_order(PDL, ORDER)
 
     row = ()
     for run in tl.static_range(RUNS):
