@@ -33,7 +33,9 @@ from squall.kernels.op import dependent_launch, has_ptx, multiprocessors, op
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.gemv_kernel import plane_gemv_kernel
 from squall.kernels.quant.planes import (
+    Layout,
     Planes,
+    as_words,
     dequantize,
     layout,
     padded,
@@ -43,6 +45,7 @@ from squall.kernels.quant.planes import (
 from squall.kernels.tuning import Config, Problem, Tunable, tuned
 
 MAX_ROWS = 8
+SHARED_BYTES = 216 * 1024  # of a multiprocessor, for tiles in flight
 
 _Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # low, high, scales, supers
 
@@ -120,26 +123,26 @@ def rule(chunks: int) -> Config:
     """Launch parameters where no table has the problem: a chunk of x a thread as far as possible,
     for a tile's registers grow with the chunks; as many programs as make 16 warps a multiprocessor.
 
-    ``rows`` are weight rows of a tile (gate and up together).
+    ``rows`` are weight rows of a tile (gate and up together), ``stages`` its tiles in flight and
+    one.
     """
     warps = min(16, max(1, _kept(chunks) // 32))
-    return {"rows": 2, "warps": warps, "programs": max(1, 16 // warps)}
+    return {"rows": 2, "warps": warps, "programs": max(1, 16 // warps), "stages": 4}
 
 
-def candidates(chunks: int) -> Iterator[Config]:
-    """Launch parameters worth measuring. A warp alone needs no barrier, but many registers."""
-    for warps in (1, 2, 4, 8, 16):
-        a_thread = _kept(chunks) // (32 * warps)
-        for rows in (2, 4, 8):
-            if a_thread in (1, 2, 4) and a_thread * rows <= 8:
-                held = (8, 10, 12) if warps == 1 else (max(1, 16 // warps), max(1, 24 // warps))
-                for programs in sorted(set(held)):
-                    yield {"rows": rows, "warps": warps, "programs": programs}
-
-
-def _as_words(scales: Tensor, bits: int) -> Tensor:
-    """Scales as the kernel loads them: ``[N, words]`` of 16 or 32 bits."""
-    return scales.view(scales.shape[0], -1).view(torch.int16 if bits == 16 else torch.int32)
+def candidates(plan: Layout, chunks: int) -> Iterator[Config]:
+    """Launch parameters worth measuring: one chunk of a row a thread, or two where that leaves
+    registers, and as many tiles in flight as shared memory holds or about half of them."""
+    kept = _kept(chunks)
+    nbytes = kept * (16 * (1 + (plan.high_bits > 0)) + 8)
+    for a_thread, rows in ((1, 2), (1, 4), (2, 2)):
+        warps = kept // (32 * a_thread)
+        if not 1 <= warps <= 16:
+            continue
+        for programs in {max(1, n // warps) for n in (16, 24, 32)}:
+            most = min(8, SHARED_BYTES // (programs * rows * nbytes))
+            for stages in sorted({max(2, most), max(2, most * 5 // 8)}):
+                yield {"rows": rows, "warps": warps, "programs": programs, "stages": stages}
 
 
 def _check(x: Tensor, norm: Tensor | None, low: Tensor, bits: int, epilogue: Epilogue) -> None:
@@ -182,8 +185,8 @@ def _gemv(
         norm,
         low,
         high,
-        _as_words(scales, 16 if plan.low_bits == 8 else 32),
-        None if supers is None else _as_words(supers, 32 if plan.paired else 16),
+        as_words(scales),
+        None if supers is None else as_words(supers),
         epilogue.bias,
         epilogue.out,
         epilogue.features,
@@ -201,6 +204,7 @@ def _gemv(
         epilogue.activation,
         epilogue.add,
         tile,
+        config["stages"],
         has_ptx(low.device),
         bool(pdl),
         order,
@@ -404,7 +408,7 @@ def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
         kind, bits = _TYPES[name].ggml_type, layout(_TYPES[name].ggml_type).bits
         for n, k in shapes:
             width = padded(k)
-            tried = tuple(candidates(width * layout(kind).low_bits // 128))
+            tried = tuple(candidates(layout(kind), width * layout(kind).low_bits // 128))
             build = partial(_runner, kind, n, k)
             key = tuning_key(kind, n, width, 1)
             yield Problem(key, int(n * width * bits / 8), build, tried)
