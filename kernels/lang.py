@@ -11,12 +11,14 @@ __all__ = [
     "HAS_TRITON",
     "TensorDescriptor",
     "describable",
+    "let_next_come",
     "next_power_of_2",
     "prefetch",
     "tl",
     "triton",
     "wait_for_first",
     "wait_for_inputs",
+    "wait_for_last",
     "wait_in_order",
 ]
 
@@ -62,11 +64,27 @@ else:
 
 
 @triton.jit
-def wait_for_inputs(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """With programmatic dependent launch: let the next kernel come, and wait for the last."""
+def let_next_come(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """With programmatic dependent launch: the next kernel may start beside this one."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_last(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """With programmatic dependent launch: wait until the kernel before is through.
+
+    Every program must, even one without work: the next kernel takes the end of all programs for the
+    end of everything before.
+    """
+    if PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    let_next_come(PDL)
+    wait_for_last(PDL)
 
 
 @triton.jit
@@ -76,20 +94,19 @@ def wait_in_order(PDL: tl.constexpr, ORDER: tl.constexpr):  # type: ignore[no-un
     "first" lets the next one come only when the inputs are there; "second" then need not wait, but
     calls ``wait_for_first`` at its end. "alone" is as usual.
     """
-    if PDL:
-        if ORDER != "first":
-            tl.extra.cuda.gdc_launch_dependents()
-        if ORDER != "second":
-            tl.extra.cuda.gdc_wait()
-        if ORDER == "first":
-            tl.extra.cuda.gdc_launch_dependents()
+    if ORDER != "first":
+        let_next_come(PDL)
+    if ORDER != "second":
+        wait_for_last(PDL)
+    if ORDER == "first":
+        let_next_come(PDL)
 
 
 @triton.jit
 def wait_for_first(PDL: tl.constexpr, ORDER: tl.constexpr):  # type: ignore[no-untyped-def]
     """The end of a kernel with an ORDER: whoever waits for "second" has then waited for both."""
-    if PDL and ORDER == "second":
-        tl.extra.cuda.gdc_wait()
+    if ORDER == "second":
+        wait_for_last(PDL)
 
 
 @triton.jit

@@ -14,6 +14,10 @@ turns its own queries, and the one with the newest key of a sequence turns and s
 newest key never is read from the cache in the launch that writes it: it opens the running softmax
 from registers, so nothing depends on the order of stores and loads.
 
+What says where keys are (lengths, tables, positions), and the older keys, have been written before
+the step's first kernel. So with dependent launch, all of it is read, and the first tile brought to
+L2, while the product before is still at work.
+
 Launches on one device must not overlap in time: they share the counters.
 """
 
@@ -27,7 +31,7 @@ from squall.kernels.attention.parts import finish, merge, part_of, tiles_of
 from squall.kernels.attention.rope import load_angles, load_heads, turned
 from squall.kernels.attention.tile import dot_precision, nearest_keys, padded_dim, softcapped
 from squall.kernels.counters import COUNT, counters
-from squall.kernels.lang import next_power_of_2, prefetch, tl, wait_for_inputs
+from squall.kernels.lang import let_next_come, next_power_of_2, prefetch, tl, wait_for_last
 from squall.kernels.launch import kernel
 from squall.kernels.op import dependent_launch, has_ptx, multiprocessors
 from squall.kernels.tuning import Config, tuned
@@ -85,7 +89,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     """Grid (slots * kv heads * blocks of a group's query heads,); a part's result goes to
     ``partial_ptr`` f32 [slots, H, DIM], the log2 of its sum of weights to ``lse_ptr`` [slots, H],
     unless it is the only one. HALF 0: queries are ready, and the newest key is in the cache."""
-    wait_for_inputs(PDL)
+    let_next_come(PDL)
     HEADS: tl.constexpr = KV_HEADS * GROUP
     head_blocks: tl.constexpr = (GROUP + BLOCK_HEADS - 1) // BLOCK_HEADS
     program = tl.program_id(0) % (KV_HEADS * head_blocks)
@@ -103,6 +107,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     head = first_head + tl.arange(0, BLOCK_HEADS)
     used = head < end_head
     if parts == 0:
+        wait_for_last(PDL)
         if (slot < sequences) & (token < next_token):
             target = out_ptr + (token.to(tl.int64) * HEADS + head)[:, None] * DIM + d[None, :]
             zero = tl.zeros([BLOCK_HEADS, BLOCK_DIM], dtype=out_ptr.dtype.element_ty)
@@ -113,6 +118,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
             token = tl.load(query_start_ptr + sequence)
             next_token = tl.load(query_start_ptr + sequence + 1)
     if next_token <= token:
+        wait_for_last(PDL)
         return
     token = token.to(tl.int64)
 
@@ -134,10 +140,19 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     near = nearest_keys(start, first_key, readable, TILE, WINDOW)
     block = tl.load(table + near // BLOCK_SIZE)
     q_row = q_ptr + token * q_token_stride
+    if PTX:
+        # The loop starts its loads when the query is ready: until then, the first tile comes to L2.
+        ROW: tl.constexpr = BLOCK_DIM * k_ptr.dtype.element_ty.primitive_bitwidth // 8
+        BYTES: tl.constexpr = ROW if ROW > 128 else 128
+        first = (block.to(tl.int64) * BLOCK_SIZE + near % BLOCK_SIZE) * (KV_HEADS * DIM)
+        prefetch(k_base + first[:, None], 0, DIM, BYTES)
+        prefetch(v_base + first[:, None], 0, DIM, BYTES)
     if HALF > 0:
-        # All loads first, in the order in which they are needed.
         position = tl.load(positions_ptr + token).to(tl.int64)
         place = tl.load(places_ptr + token).to(tl.int64)
+        cos, sin = load_angles(angles_ptr + position * (2 * HALF), HALF, BLOCK_DIM)
+    wait_for_last(PDL)
+    if HALF > 0:
         newest = part == parts - 1
         # The key is turned in every row of a tile like that of q: their product needs no exchange.
         q, q_partner = load_heads(q_row, head, used, DIM, HALF, BLOCK_DIM)
@@ -147,19 +162,11 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     else:
         q_place = head[:, None].to(tl.int64) * q_head_stride + d[None, :]
         q = tl.load(q_row + q_place, mask=used[:, None] & (d < DIM)[None, :], other=0.0)
-    if PTX:
-        # The loop starts its loads when the query is ready: until then, the first tile comes to L2.
-        ROW: tl.constexpr = BLOCK_DIM * k_ptr.dtype.element_ty.primitive_bitwidth // 8
-        BYTES: tl.constexpr = ROW if ROW > 128 else 128
-        first = (block.to(tl.int64) * BLOCK_SIZE + near % BLOCK_SIZE) * (KV_HEADS * DIM)
-        prefetch(k_base + first[:, None], 0, DIM, BYTES)
-        prefetch(v_base + first[:, None], 0, DIM, BYTES)
     peak = tl.full([BLOCK_HEADS], float("-inf"), dtype=tl.float32)
     # Summed over the tile only in the end: one reduction between warps less for every tile.
     totals = tl.zeros([BLOCK_HEADS, TILE], dtype=tl.float32)
     acc = tl.zeros([BLOCK_HEADS, BLOCK_DIM], dtype=tl.float32)
     if HALF > 0:
-        cos, sin = load_angles(angles_ptr + position * (2 * HALF), HALF, BLOCK_DIM)
         q = turned(q, q_partner, q_norm_ptr, eps, cos, sin, DIM, HALF, BLOCK_DIM, Q_NORM)
         q = q.to(q_ptr.dtype.element_ty)
         new_k = turned(new_k, k_partner, k_norm_ptr, eps, cos, sin, DIM, HALF, BLOCK_DIM, K_NORM)

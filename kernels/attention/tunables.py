@@ -100,17 +100,19 @@ def _decode_problem(
 
 
 def _decode_candidates(row: int, batch: int) -> Iterator[Config]:
-    few = batch <= 8
-    spaces = (
-        (32, 64, 128) if few else (32, 64),
-        (4, 8) if few else (2, 4),
-        (3, 4, 5),
-        (1, 2, 4) if few else (2, 4, 8),
-        (64, 128, 256) if batch == 1 else (256,),
-    )
+    """One sequence is worked on by few programs with much in flight; of many, each has a program,
+    and as many of these at a time as the GPU has room for."""
+    spaces: tuple[tuple[int, ...], ...]
+    if batch == 1:
+        spaces = (64, 128), (4,), (2, 3), (1, 2), (64, 128, 256)
+    elif batch <= 8:
+        spaces = (32, 64), (2, 4), (2, 3, 4), (2,), (64, 128, 256)
+    else:
+        spaces = (16, 32, 64), (1, 2, 4), (2, 3, 4), (4,), (256,)
     for tile, warps, stages, programs, min_keys in itertools.product(*spaces):
         # More programs than fit at once only add partial results to merge.
-        if 2 * (stages - 1) * tile * row * (programs if few else 1) <= SHARED_BYTES:
+        wanted = programs if batch <= 8 else 1
+        if 2 * (stages - 1) * tile * row * wanted <= SHARED_BYTES and tile >= 16 * warps // 2:
             yield {
                 "tile": tile, "warps": warps, "stages": stages, "programs": programs,
                 "min_keys": min_keys,
