@@ -114,35 +114,43 @@ def plane_gemv_add_reference(
 
 
 def _kept(chunks: int) -> int:
-    """Chunks of a row that a program keeps: a power of two. With fewer than 16, tiles of two rows
-    would leave a thread less than the four words that are multiplied at a time."""
-    return max(16, next_power_of_2(chunks))
+    """Chunks of a row that a program keeps: a power of two. With fewer than 32, a thread would have
+    less than the four words of x that are multiplied at a time."""
+    return max(32, next_power_of_2(chunks))
+
+
+def _config(rows: int, warps: int, programs: int, stages: int) -> Config:
+    """``rows`` are weight rows of a tile (gate and up together), ``programs`` those of a
+    multiprocessor, ``stages`` a program's tiles in flight and one.
+
+    ``registers`` of a thread are as many as just let all programs in: were there room for more,
+    those of the next kernel, which come while this one drains, would not be spread evenly.
+    """
+    registers = min(255, 65536 // (programs * warps * 32) // 8 * 8)
+    tile = {"rows": rows, "warps": warps, "programs": programs}
+    return {**tile, "stages": stages, "registers": registers}
 
 
 def rule(chunks: int) -> Config:
     """Launch parameters where no table has the problem: a chunk of x a thread as far as possible,
-    for a tile's registers grow with the chunks; as many programs as make 16 warps a multiprocessor.
-
-    ``rows`` are weight rows of a tile (gate and up together), ``stages`` its tiles in flight and
-    one.
-    """
-    warps = min(16, max(1, _kept(chunks) // 32))
-    return {"rows": 2, "warps": warps, "programs": max(1, 16 // warps), "stages": 4}
+    for a tile's registers grow with the chunks."""
+    warps = min(16, _kept(chunks) // 32)
+    return _config(2, warps, max(1, 16 // warps), 3)
 
 
 def candidates(plan: Layout, chunks: int) -> Iterator[Config]:
-    """Launch parameters worth measuring: one chunk of a row a thread, or two where that leaves
-    registers, and as many tiles in flight as shared memory holds or about half of them."""
+    """Launch parameters worth measuring: one chunk of a row a thread or two, as far as registers
+    allow."""
     kept = _kept(chunks)
     nbytes = kept * (16 * (1 + (plan.high_bits > 0)) + 8)
     for a_thread, rows in ((1, 2), (1, 4), (2, 2)):
         warps = kept // (32 * a_thread)
-        if not 1 <= warps <= 16:
-            continue
-        for programs in {max(1, n // warps) for n in (16, 24, 32)}:
+        for held in (16, 24, 32) if a_thread == 1 else (16, 20):
+            programs = max(1, held // warps)
             most = min(8, SHARED_BYTES // (programs * rows * nbytes))
-            for stages in sorted({max(2, most), max(2, most * 5 // 8)}):
-                yield {"rows": rows, "warps": warps, "programs": programs, "stages": stages}
+            for stages in sorted({min(n, most) for n in (2, 3, 4, 8)}):
+                if warps <= 16 and stages >= 2:
+                    yield _config(rows, warps, programs, stages)
 
 
 def _check(x: Tensor, norm: Tensor | None, low: Tensor, bits: int, epilogue: Epilogue) -> None:
@@ -179,7 +187,8 @@ def _gemv(
     tile = config["rows"]
     tiles = -(-epilogue.features // (tile // 2 if epilogue.gated else tile))
     programs = min(tiles, config["programs"] * multiprocessors(low.device))
-    pdl = dependent_launch(low.device)
+    pdl, ptx = dependent_launch(low.device), has_ptx(low.device)
+    limit = {"maxnreg": config["registers"]} if ptx else {}
     plane_gemv_kernel[(programs, rows)](
         x,
         norm,
@@ -205,11 +214,12 @@ def _gemv(
         epilogue.add,
         tile,
         config["stages"],
-        has_ptx(low.device),
+        ptx,
         bool(pdl),
         order,
         num_warps=config["warps"],
         **pdl,
+        **limit,
     )
 
 

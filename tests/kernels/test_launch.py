@@ -286,8 +286,8 @@ def test_second_launches_on_a_gpu(
 ) -> None:
     """The other tests on a GPU launch most kernels once, through Triton."""
     want = results(case, case.reference, case.build(torch.float16, torch.device("cpu")))
-    for _ in range(2):
-        args = case.build(torch.float16, torch.device("cuda"))
-        with poisoned:
+    with poisoned:
+        for _ in range(2):
+            args = case.build(torch.float16, torch.device("cuda"))
             got = results(case, case.op, args)
     check_results(case, got, want)
