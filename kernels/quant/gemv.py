@@ -15,10 +15,10 @@ float32. Up to eight rows are possible, each of which reads all weights: this is
 for few rows of float32 models, which have no other fused product.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
 from typing import cast
 
 import torch
@@ -143,14 +143,17 @@ def candidates(plan: Layout, chunks: int) -> Iterator[Config]:
     allow."""
     kept = _kept(chunks)
     nbytes = kept * (16 * (1 + (plan.high_bits > 0)) + 8)
-    for a_thread, rows in ((1, 2), (1, 4), (2, 2)):
+    for a_thread, rows, warps_held, depths in (
+        (1, 2, (16, 24, 32), (2, 3, 4)),
+        (1, 4, (16,), (2, 3)),
+        (2, 2, (16,), (3, 4)),
+    ):
         warps = kept // (32 * a_thread)
-        for held in (16, 24, 32) if a_thread == 1 else (16, 20):
+        for held, depth in itertools.product(warps_held, depths):
             programs = max(1, held // warps)
-            most = min(8, SHARED_BYTES // (programs * rows * nbytes))
-            for stages in sorted({min(n, most) for n in (2, 3, 4, 8)}):
-                if warps <= 16 and stages >= 2:
-                    yield _config(rows, warps, programs, stages)
+            stages = min(depth, SHARED_BYTES // (programs * rows * nbytes))
+            if 1 <= warps <= 16 and stages >= 2:
+                yield _config(rows, warps, programs, stages)
 
 
 def _check(x: Tensor, norm: Tensor | None, low: Tensor, bits: int, epilogue: Epilogue) -> None:
@@ -397,7 +400,7 @@ def _runner(ggml_type: int, n: int, k: int, device: torch.device) -> Callable[[C
     entry, generator = gguf_formats()[ggml_type], torch.Generator(device).manual_seed(0)
     planes = random_planes(entry, n, k, device, generator)
     copies = [replace(planes, low=planes.low.clone()) for _ in range((256 << 20) // planes.nbytes)]
-    weights = cycle([planes, *copies])
+    weights = itertools.cycle([planes, *copies])
     add, gated = n <= k, 4 * k <= n <= 65536
     stream = torch.randn((1, k), device=device)
     x, norm = (stream.bfloat16(), None) if add else (stream, torch.ones(k, device=device))

@@ -23,7 +23,7 @@ deciding the layout, values stay in the threads that load them.
 from squall.kernels.lang import tl, triton, wait_for_first, wait_in_order
 from squall.kernels.launch import kernel
 from squall.kernels.linear_epilogue import finish_row, weight_rows
-from squall.kernels.quant.gemv_input import add_squares, load_run, multiply, quantize
+from squall.kernels.quant.gemv_input import load_run, quantize
 
 
 @triton.jit
@@ -113,6 +113,8 @@ def _run(x, OFFSET: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped
     """What a run of each chunk meets of x: both bytes ``[1, 1, CHUNKS, 4]``, the scale, the sum
     times the format's offset, and the sum itself in x's own units, ``[1, 1, CHUNKS, 1]``."""
     high, low, scale = quantize(x, PTX)
+    high, low = high[None, None, :, :], low[None, None, :, :]
+    scale = scale[None, None, :, None]
     total = _dot(tl.full(high.shape, 0x01010101, tl.int32), high, low, PTX)
     return high, low, scale, total * OFFSET, total.to(tl.float32) * scale
 
@@ -130,24 +132,34 @@ def _row(  # type: ignore[no-untyped-def]
     x_ptr,
     norm_ptr,
     eps,
-    chunk,
+    CHUNKS: tl.constexpr,
     RUNS: tl.constexpr,
     K: tl.constexpr,
     OFFSET: tl.constexpr,
     PTX: tl.constexpr,
+    PDL: tl.constexpr,
+    ORDER: tl.constexpr,
 ):
-    """Every run of x, rounded, and the factor of its norm."""
-    squares = tl.zeros([1, 1, chunk.shape[2], 4], tl.float32)
+    """Every run of x, rounded, and the factor of its norm, when the kernel before is through."""
+    norm = ()
+    if norm_ptr is not None:
+        for run in tl.static_range(RUNS):
+            norm += (load_run(norm_ptr, CHUNKS, run, RUNS, K),)  # type: ignore[assignment]
+    wait_in_order(PDL, ORDER)
+    row = ()
+    for run in tl.static_range(RUNS):
+        row += (load_run(x_ptr, CHUNKS, run, RUNS, K),)  # type: ignore[assignment]
+    squares = tl.zeros([CHUNKS, 4, 4], tl.float32)
     x = ()
     for run in tl.static_range(RUNS):
-        row = load_run(x_ptr, chunk, run, RUNS, K)
         if norm_ptr is not None:
-            squares = add_squares(squares, row)
-            row = multiply(row, load_run(norm_ptr, chunk, run, RUNS, K))
-        x += (_run(row, OFFSET, PTX),)  # type: ignore[assignment]
+            squares += row[run] * row[run]
+            x += (_run(row[run] * norm[run], OFFSET, PTX),)  # type: ignore[assignment]
+        else:
+            x += (_run(row[run], OFFSET, PTX),)  # type: ignore[assignment]
     factor = 1.0
     if norm_ptr is not None:
-        square = tl.sum(tl.sum(squares, axis=3).reshape(chunk.shape[2]), axis=0)
+        square = tl.sum(tl.sum(tl.sum(squares, axis=2), axis=1), axis=0)
         factor = tl.rsqrt(square / K + eps)
     return x, factor
 
@@ -328,8 +340,9 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
             BLOCKS, LOW, HIGH, RUN_BITS * RUNS, KIND == "byte_pair", TILE, GATED,
         )  # fmt: skip
         if i == 0:
-            wait_in_order(PDL, ORDER)
-            x, factor = _row(x_ptr, norm_ptr, eps, chunk, RUNS, K, OFFSET, PTX)
+            x, factor = _row(
+                x_ptr, norm_ptr, eps, CHUNKS, RUNS, K, OFFSET, PTX, PDL, ORDER
+            )  # fmt: skip
         odd = chunk * 0
         if KIND == "byte":
             row = weight_rows(tile + i * step, features, TILE, GATED)[None, :, None, None]
