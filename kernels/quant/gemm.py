@@ -40,7 +40,6 @@ from squall.kernels.quant.planes import (
     SUPER,
     Layout,
     Planes,
-    as_words,
     dequantize,
     layout,
     padded,
@@ -160,6 +159,14 @@ def candidates(plan: Layout, bucket: int, weights: int, k: int) -> Sequence[Conf
     return found
 
 
+def _as_words(scales: Tensor) -> Tensor:
+    """Scales as a flat row of int32; an odd float16 at the end gets a neighbour."""
+    flat = scales.view(-1)
+    if flat.nbytes % 4:
+        flat = F.pad(flat, (0, 1))
+    return flat.view(torch.int32)
+
+
 def _described(plane: Tensor, bits: int, tile: tuple[int, int, int]) -> Any:
     """A plane for ``plane_gemm_kernel``; ``tile`` is halves, rows of each, columns."""
     gates, block_n, block_k = tile
@@ -219,8 +226,8 @@ def _gemm(
         TensorDescriptor.from_tensor(x, [block_m, block_k]),
         _described(low, plan.low_bits, tile),
         None if high is None else _described(high, plan.high_bits, tile),
-        as_words(scales),
-        None if supers is None else as_words(supers),
+        _as_words(scales),
+        None if supers is None else _as_words(supers),
         epilogue.bias,
         epilogue.out,
         partial,

@@ -15,10 +15,10 @@ float32. Up to eight rows are possible, each of which reads all weights: this is
 for few rows of float32 models, which have no other fused product.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import cycle
 from typing import cast
 
 import torch
@@ -33,9 +33,7 @@ from squall.kernels.op import dependent_launch, has_ptx, multiprocessors, op
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.gemv_kernel import plane_gemv_kernel
 from squall.kernels.quant.planes import (
-    Layout,
     Planes,
-    as_words,
     dequantize,
     layout,
     padded,
@@ -45,7 +43,6 @@ from squall.kernels.quant.planes import (
 from squall.kernels.tuning import Config, Problem, Tunable, tuned
 
 MAX_ROWS = 8
-SHARED_BYTES = 216 * 1024  # of a multiprocessor, for tiles in flight
 
 _Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # low, high, scales, supers
 
@@ -114,46 +111,35 @@ def plane_gemv_add_reference(
 
 
 def _kept(chunks: int) -> int:
-    """Chunks of a row that a program keeps: a power of two. With fewer than 32, a thread would have
-    less than the four words of x that are multiplied at a time."""
+    """Chunks of a row that a program keeps: a power of two. With fewer than 32, a thread would
+    have less than the four words of x that are multiplied at a time."""
     return max(32, next_power_of_2(chunks))
-
-
-def _config(rows: int, warps: int, programs: int, stages: int) -> Config:
-    """``rows`` are weight rows of a tile (gate and up together), ``programs`` those of a
-    multiprocessor, ``stages`` a program's tiles in flight and one.
-
-    ``registers`` of a thread are as many as just let all programs in: were there room for more,
-    those of the next kernel, which come while this one drains, would not be spread evenly.
-    """
-    registers = min(255, 65536 // (programs * warps * 32) // 8 * 8)
-    tile = {"rows": rows, "warps": warps, "programs": programs}
-    return {**tile, "stages": stages, "registers": registers}
 
 
 def rule(chunks: int) -> Config:
     """Launch parameters where no table has the problem: a chunk of x a thread as far as possible,
-    for a tile's registers grow with the chunks."""
-    warps = min(16, _kept(chunks) // 32)
-    return _config(2, warps, max(1, 16 // warps), 3)
+    for a tile's registers grow with the chunks; as many programs as make 16 warps a multiprocessor.
+
+    ``rows`` are weight rows of a tile (gate and up together).
+    """
+    warps = min(16, max(1, _kept(chunks) // 32))
+    return {"rows": 2, "warps": warps, "programs": max(1, 16 // warps)}
 
 
-def candidates(plan: Layout, chunks: int) -> Iterator[Config]:
-    """Launch parameters worth measuring: one chunk of a row a thread or two, as far as registers
-    allow."""
-    kept = _kept(chunks)
-    nbytes = kept * (16 * (1 + (plan.high_bits > 0)) + 8)
-    for a_thread, rows, warps_held, depths in (
-        (1, 2, (16, 24, 32), (2, 3, 4)),
-        (1, 4, (16,), (2, 3)),
-        (2, 2, (16,), (3, 4)),
-    ):
-        warps = kept // (32 * a_thread)
-        for held, depth in itertools.product(warps_held, depths):
-            programs = max(1, held // warps)
-            stages = min(depth, SHARED_BYTES // (programs * rows * nbytes))
-            if 1 <= warps <= 16 and stages >= 2:
-                yield _config(rows, warps, programs, stages)
+def candidates(chunks: int) -> Iterator[Config]:
+    """Launch parameters worth measuring. A warp alone needs no barrier, but many registers."""
+    for warps in (1, 2, 4, 8, 16):
+        a_thread = _kept(chunks) // (32 * warps)
+        for rows in (2, 4, 8):
+            if a_thread in (1, 2, 4) and a_thread * rows <= 8:
+                held = (8, 10, 12) if warps == 1 else (max(1, 16 // warps), max(1, 24 // warps))
+                for programs in sorted(set(held)):
+                    yield {"rows": rows, "warps": warps, "programs": programs}
+
+
+def _as_words(scales: Tensor, bits: int) -> Tensor:
+    """Scales as the kernel loads them: ``[N, words]`` of 16 or 32 bits."""
+    return scales.view(scales.shape[0], -1).view(torch.int16 if bits == 16 else torch.int32)
 
 
 def _check(x: Tensor, norm: Tensor | None, low: Tensor, bits: int, epilogue: Epilogue) -> None:
@@ -190,15 +176,14 @@ def _gemv(
     tile = config["rows"]
     tiles = -(-epilogue.features // (tile // 2 if epilogue.gated else tile))
     programs = min(tiles, config["programs"] * multiprocessors(low.device))
-    pdl, ptx = dependent_launch(low.device), has_ptx(low.device)
-    limit = {"maxnreg": config["registers"]} if ptx else {}
+    pdl = dependent_launch(low.device)
     plane_gemv_kernel[(programs, rows)](
         x,
         norm,
         low,
         high,
-        as_words(scales),
-        None if supers is None else as_words(supers),
+        _as_words(scales, 16 if plan.low_bits == 8 else 32),
+        None if supers is None else _as_words(supers, 32 if plan.paired else 16),
         epilogue.bias,
         epilogue.out,
         epilogue.features,
@@ -216,13 +201,11 @@ def _gemv(
         epilogue.activation,
         epilogue.add,
         tile,
-        config["stages"],
-        ptx,
+        has_ptx(low.device),
         bool(pdl),
         order,
         num_warps=config["warps"],
         **pdl,
-        **limit,
     )
 
 
@@ -400,7 +383,7 @@ def _runner(ggml_type: int, n: int, k: int, device: torch.device) -> Callable[[C
     entry, generator = gguf_formats()[ggml_type], torch.Generator(device).manual_seed(0)
     planes = random_planes(entry, n, k, device, generator)
     copies = [replace(planes, low=planes.low.clone()) for _ in range((256 << 20) // planes.nbytes)]
-    weights = itertools.cycle([planes, *copies])
+    weights = cycle([planes, *copies])
     add, gated = n <= k, 4 * k <= n <= 65536
     stream = torch.randn((1, k), device=device)
     x, norm = (stream.bfloat16(), None) if add else (stream, torch.ones(k, device=device))
@@ -421,7 +404,7 @@ def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
         kind, bits = _TYPES[name].ggml_type, layout(_TYPES[name].ggml_type).bits
         for n, k in shapes:
             width = padded(k)
-            tried = tuple(candidates(layout(kind), width * layout(kind).low_bits // 128))
+            tried = tuple(candidates(width * layout(kind).low_bits // 128))
             build = partial(_runner, kind, n, k)
             key = tuning_key(kind, n, width, 1)
             yield Problem(key, int(n * width * bits / 8), build, tried)

@@ -6,15 +6,12 @@ field. Per run, with x16 the integers of x and xs their scale,
     y += xs * (scale * (dot(q, x16) - offset * sum(x16)) + minimum * sum(x16))
 
 where dot and sum are exact in int32. At the sizes of a GEMV only the weights' bytes count, as long
-as the instructions stay below them. So as many programs as the GPU holds at once keep x in
-registers and walk over the rows of the weight, and the loop's loads go through shared memory, some
-tiles ahead. A thread owns some chunks of each row of a tile, and nothing crosses threads before the
-last sum.
-
-The weights do not depend on the kernel before. With programmatic dependent launch (Hopper and
-newer) the first tiles are on their way while that kernel drains and while x is quantised
-(:mod:`squall.kernels.quant.gemv_input`): both happen within the loop's first round, before which
-the compiler has put the loads of the first tiles.
+as the instructions stay below them. So as many programs as the GPU holds at once quantise x
+(:mod:`squall.kernels.quant.gemv_input`), keep it in registers and walk over the rows of the weight,
+a tile of rows in flight while the one before is worked on. A thread owns some chunks of each row of
+a tile, and nothing crosses threads before the last sum. The weights do not depend on the kernel
+before: with programmatic dependent launch (Hopper and newer) the first tile is being loaded while
+that kernel drains and while x is quantised.
 
 All tensors are ``[1, weight rows, chunks, words]``: with one shape, and with loads of four words
 deciding the layout, values stay in the threads that load them.
@@ -23,7 +20,7 @@ deciding the layout, values stay in the threads that load them.
 from squall.kernels.lang import tl, triton, wait_for_first, wait_in_order
 from squall.kernels.launch import kernel
 from squall.kernels.linear_epilogue import finish_row, weight_rows
-from squall.kernels.quant.gemv_input import load_run, quantize
+from squall.kernels.quant.gemv_input import add_squares, load_run, multiply, quantize
 
 
 @triton.jit
@@ -77,7 +74,7 @@ def _run_scales(  # type: ignore[no-untyped-def]
     ``half [1, 1, T, 1]`` is 1 in the second chunk of a unit, whose run is a group of its own where
     groups are of 16 weights.
     """
-    bits = _word(words, RUN * RUN_BITS // 32)
+    bits = _word(words, RUN * RUN_BITS // 32).to(tl.int32)
     SHIFT: tl.constexpr = RUN * RUN_BITS % 32
     bits >>= SHIFT
     if GROUP == 16:
@@ -113,55 +110,8 @@ def _run(x, OFFSET: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped
     """What a run of each chunk meets of x: both bytes ``[1, 1, CHUNKS, 4]``, the scale, the sum
     times the format's offset, and the sum itself in x's own units, ``[1, 1, CHUNKS, 1]``."""
     high, low, scale = quantize(x, PTX)
-    high, low = high[None, None, :, :], low[None, None, :, :]
-    scale = scale[None, None, :, None]
     total = _dot(tl.full(high.shape, 0x01010101, tl.int32), high, low, PTX)
     return high, low, scale, total * OFFSET, total.to(tl.float32) * scale
-
-
-@triton.jit
-def _no_run(CHUNKS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """In the place of what ``_run`` gives, before x is there."""
-    words = tl.zeros([1, 1, CHUNKS, 4], tl.int32)
-    number = tl.zeros([1, 1, CHUNKS, 1], tl.float32)
-    return words, words, number, tl.zeros([1, 1, CHUNKS, 1], tl.int32), number
-
-
-@triton.jit
-def _row(  # type: ignore[no-untyped-def]
-    x_ptr,
-    norm_ptr,
-    eps,
-    CHUNKS: tl.constexpr,
-    RUNS: tl.constexpr,
-    K: tl.constexpr,
-    OFFSET: tl.constexpr,
-    PTX: tl.constexpr,
-    PDL: tl.constexpr,
-    ORDER: tl.constexpr,
-):
-    """Every run of x, rounded, and the factor of its norm, when the kernel before is through."""
-    norm = ()
-    if norm_ptr is not None:
-        for run in tl.static_range(RUNS):
-            norm += (load_run(norm_ptr, CHUNKS, run, RUNS, K),)  # type: ignore[assignment]
-    wait_in_order(PDL, ORDER)
-    row = ()
-    for run in tl.static_range(RUNS):
-        row += (load_run(x_ptr, CHUNKS, run, RUNS, K),)  # type: ignore[assignment]
-    squares = tl.zeros([CHUNKS, 4, 4], tl.float32)
-    x = ()
-    for run in tl.static_range(RUNS):
-        if norm_ptr is not None:
-            squares += row[run] * row[run]
-            x += (_run(row[run] * norm[run], OFFSET, PTX),)  # type: ignore[assignment]
-        else:
-            x += (_run(row[run], OFFSET, PTX),)  # type: ignore[assignment]
-    factor = 1.0
-    if norm_ptr is not None:
-        square = tl.sum(tl.sum(tl.sum(squares, axis=2), axis=1), axis=0)
-        factor = tl.rsqrt(square / K + eps)
-    return x, factor
 
 
 @triton.jit
@@ -176,22 +126,21 @@ def _load_tile(  # type: ignore[no-untyped-def]
     scales_ptr,
     supers_ptr,
     tile,
+    tiles,
     features,
     chunk,
     BLOCKS: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     UNIT_BITS: tl.constexpr,
-    PAIRED: tl.constexpr,
     TILE: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """Tile number ``tile``, int32 ``[1, TILE, CHUNKS, words]`` each; of scales and super-scales of
-    16 bits, the word that they are in: loads of less do not go through shared memory ahead of time.
+    """Tile number ``tile``, ``[1, TILE, CHUNKS, words]`` each; nothing is loaded past the last one.
     Without a high plane or super-scales the low words stand in for them, unused."""
     RUNS: tl.constexpr = 8 // LOW
     row = weight_rows(tile, features, TILE, GATED)[None, :, None, None]
-    inside = chunk < BLOCKS * (2 * LOW)
+    inside = (chunk < BLOCKS * (2 * LOW)) & (tile < tiles)
     unit = chunk // 2
     word = tl.arange(0, 4)[None, None, None, :]
     low = _load(low_ptr + row * (BLOCKS * 8 * LOW) + (chunk * 4 + word), inside)
@@ -200,16 +149,12 @@ def _load_tile(  # type: ignore[no-untyped-def]
         SHARED: tl.constexpr = 8 // HIGH // RUNS
         place = (unit // SHARED) * 8 + (chunk % 2) * 4 + word
         high = _load(high_ptr + row * (BLOCKS * 8 * HIGH) + place, inside)
-    if UNIT_BITS < 32:
-        place = row * (BLOCKS * LOW // 2) + unit // 2
-    else:
-        WORDS: tl.constexpr = UNIT_BITS // 32
-        place = (row * (BLOCKS * LOW) + unit) * WORDS + tl.arange(0, WORDS)[None, None, None, :]
-    scales = _load(scales_ptr + place, inside)
+    WORDS: tl.constexpr = (UNIT_BITS + 31) // 32
+    place = unit * WORDS + tl.arange(0, WORDS)[None, None, None, :]
+    scales = _load(scales_ptr + row * (BLOCKS * LOW * WORDS) + place, inside)
     supers = low
     if supers_ptr is not None:
-        place = row * BLOCKS + unit // LOW
-        supers = _load(supers_ptr + (place if PAIRED else place // 2), inside)
+        supers = _load(supers_ptr + row * BLOCKS + unit // LOW, inside)
     return low, high, scales, supers
 
 
@@ -248,7 +193,6 @@ def _tile_sums(  # type: ignore[no-untyped-def]
     high,
     scales,
     supers,
-    odd,
     chunk,
     x,
     factor,
@@ -260,12 +204,9 @@ def _tile_sums(  # type: ignore[no-untyped-def]
     RUN_BITS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Products of a tile with ``factor * x``: float32 ``[1, TILE]``. ``odd`` is 1 where the
-    super-scale is the second of its word."""
+    """Products of a tile with ``factor * x``: float32 ``[1, TILE]``."""
     RUNS: tl.constexpr = 8 // LOW
     half = chunk & 1
-    if RUN_BITS * RUNS < 32:
-        scales = scales >> (chunk // 2 % 2) * 16
     if HIGH > 0:
         # Bring the chunk's own fields of the word that several chunks share to the bottom.
         high = high >> (((chunk // 2) % (8 // HIGH // RUNS)) * (HIGH * RUNS))
@@ -277,9 +218,10 @@ def _tile_sums(  # type: ignore[no-untyped-def]
             run, LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX,
         )  # fmt: skip
     if KIND == "byte_pair":
-        total = total * _half(supers) - least * _half(supers >> 16)
+        both = _word(supers, 0)
+        total = total * _half(both) - least * _half(both >> 16)
     elif KIND == "byte":
-        total = total * _half(supers >> odd * 16)
+        total = total * _half(_word(supers, 0).to(tl.int32))
     elif KIND == "half_pair":
         total += least
     return tl.sum(total.reshape(1, low.shape[1], low.shape[2]), axis=2) * factor
@@ -310,46 +252,71 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
     ACTIVATION: tl.constexpr,
     ADD: tl.constexpr,
     TILE: tl.constexpr,
-    STAGES: tl.constexpr,
     PTX: tl.constexpr,
     PDL: tl.constexpr,
     ORDER: tl.constexpr,
 ):
     """Grid (programs, rows of x), any number of programs. ``norm_ptr`` float32 [K] or None. BLOCKS
-    are columns of the planes by 256, CHUNKS is at least the number of chunks of a row. Planes,
-    scales and super-scales come in words of 32 bits.
+    are columns of the planes by 256, CHUNKS is at least the number of chunks of a row. Scales come
+    in words of 32 bits, of 16 with 8-bit planes; supers of 32, or of 16 where they are not pairs.
     """
     GATED: tl.constexpr = ACTIVATION != "none"
     OUT: tl.constexpr = TILE // 2 if GATED else TILE
     RUNS: tl.constexpr = 8 // LOW
     BYTE: tl.constexpr = 8 if KIND == "byte" else 16
     RUN_BITS: tl.constexpr = (32 if KIND == "half_pair" else BYTE) * (32 // GROUP)
+    UNIT_BITS: tl.constexpr = RUN_BITS * RUNS
     tiles = (features + OUT - 1) // OUT
     step = tl.num_programs(0)
     tile = tl.program_id(0)
     x_ptr += tl.program_id(1).to(tl.int64) * x_stride
     y_ptr += tl.program_id(1).to(tl.int64) * y_stride
     chunk = tl.arange(0, CHUNKS)[None, None, :, None]
+    low_1, high_1, scales_1, supers_1 = _load_tile(
+        low_ptr, high_ptr, scales_ptr, supers_ptr, tile, tiles, features, chunk,
+        BLOCKS, LOW, HIGH, UNIT_BITS, TILE, GATED,
+    )  # fmt: skip
+    norm = ()
+    if norm_ptr is not None:
+        for run in tl.static_range(RUNS):
+            norm += (load_run(norm_ptr, chunk, run, RUNS, K),)  # type: ignore[assignment]
+    wait_in_order(PDL, ORDER)
+
+    row = ()
+    for run in tl.static_range(RUNS):
+        row += (load_run(x_ptr, chunk, run, RUNS, K),)  # type: ignore[assignment]
+    squares = tl.zeros([1, 1, CHUNKS, 4], tl.float32)
     x = ()
-    for _ in tl.static_range(RUNS):
-        x += (_no_run(CHUNKS),)  # type: ignore[assignment]
+    for run in tl.static_range(RUNS):
+        if norm_ptr is not None:
+            squares = add_squares(squares, row[run])
+            x += (_run(multiply(row[run], norm[run]), OFFSET, PTX),)  # type: ignore[assignment]
+        else:
+            x += (_run(row[run], OFFSET, PTX),)  # type: ignore[assignment]
     factor = 1.0
-    for i in tl.range(0, tl.cdiv(tiles - tile, step), num_stages=STAGES):
-        low, high, scales, supers = _load_tile(
-            low_ptr, high_ptr, scales_ptr, supers_ptr, tile + i * step, features, chunk,
-            BLOCKS, LOW, HIGH, RUN_BITS * RUNS, KIND == "byte_pair", TILE, GATED,
+    if norm_ptr is not None:
+        square = tl.sum(tl.sum(squares, axis=3).reshape(CHUNKS), axis=0)
+        factor = tl.rsqrt(square / K + eps)
+    # Two tiles in turn: a loop that hands one tile over to the next round copies its registers, and
+    # a copy waits for the load.
+    for _ in range(0, tl.cdiv(tl.maximum(tiles - tile, 0), 2 * step)):
+        low_2, high_2, scales_2, supers_2 = _load_tile(
+            low_ptr, high_ptr, scales_ptr, supers_ptr, tile + step, tiles, features, chunk,
+            BLOCKS, LOW, HIGH, UNIT_BITS, TILE, GATED,
         )  # fmt: skip
-        if i == 0:
-            x, factor = _row(
-                x_ptr, norm_ptr, eps, CHUNKS, RUNS, K, OFFSET, PTX, PDL, ORDER
-            )  # fmt: skip
-        odd = chunk * 0
-        if KIND == "byte":
-            row = weight_rows(tile + i * step, features, TILE, GATED)[None, :, None, None]
-            odd = (row.to(tl.int32) * BLOCKS + chunk // (2 * LOW)) % 2
         y = _tile_sums(
-            low, high, scales, supers, odd, chunk, x, factor,
+            low_1, high_1, scales_1, supers_1, chunk, x, factor,
             LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX,
         )  # fmt: skip
-        finish_row(y, tile + i * step, tiles, features, bias_ptr, y_ptr, ACTIVATION, ADD)
+        finish_row(y, tile, tiles, features, bias_ptr, y_ptr, ACTIVATION, ADD)
+        low_1, high_1, scales_1, supers_1 = _load_tile(
+            low_ptr, high_ptr, scales_ptr, supers_ptr, tile + 2 * step, tiles, features, chunk,
+            BLOCKS, LOW, HIGH, UNIT_BITS, TILE, GATED,
+        )  # fmt: skip
+        y = _tile_sums(
+            low_2, high_2, scales_2, supers_2, chunk, x, factor,
+            LOW, HIGH, OFFSET, GROUP, KIND, RUN_BITS, PTX,
+        )  # fmt: skip
+        finish_row(y, tile + step, tiles, features, bias_ptr, y_ptr, ACTIVATION, ADD)
+        tile += 2 * step
     wait_for_first(PDL, ORDER)

@@ -40,7 +40,6 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from squall.kernels.quant.base import QuantFormat, bit_fields, gguf_formats
 
@@ -323,15 +322,6 @@ def concat(parts: Sequence[Planes]) -> Planes:
     assert low is not None
     assert scales is not None
     return Planes(first.format, first.in_features, low, high, scales, supers)
-
-
-def as_words(scales: Tensor) -> Tensor:
-    """Scales or super-scales as kernels load them, a flat row of int32; an odd float16 at the end
-    gets a neighbour."""
-    flat = scales.view(-1)
-    if flat.nbytes % 4:
-        flat = F.pad(flat, (0, 1))
-    return flat.view(torch.int32)
 
 
 @functools.cache
