@@ -20,7 +20,6 @@ versions of Triton whose insides were not read for this. Two things are settled 
 Triton's environment variables and knobs, and the module constants that a kernel uses.
 """
 
-import ctypes
 import functools
 import operator
 from collections.abc import Callable, Sequence
@@ -38,16 +37,6 @@ _VARIABLES = (float, TensorDescriptor, *_TENSORS)
 # Equal values of these are the same constant, which is not so of floats (0.0 and -0.0).
 _CONSTANTS = (int, bool, str, type(None), torch.dtype)
 _ONES = ((), (1, 1), (1,), ())  # what a grid of this many sizes lacks
-
-
-# CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, CU_SHAREDMEM_CARVEOUT_MAX_SHARED
-_PREFERRED_CARVEOUT, _MOST_SHARED = 9, 100
-
-
-@functools.cache
-def _cuda() -> ctypes.CDLL:
-    """The CUDA driver, which runs already when it is asked for."""
-    return ctypes.CDLL("libcuda.so.1")
 
 
 def current_device_of(module: Any) -> Callable[[], int]:
@@ -98,26 +87,12 @@ class _Insides:
         device = self._cuda_device() if current is torch.cuda.current_device else current()
         return device, active.get_current_stream(device)
 
-    def share_memory_alike(self, launched: Any) -> None:
-        """Ask for the largest part of an SM's memory as shared memory, whatever a kernel uses.
-
-        A multiprocessor can change how it divides its memory between shared memory and L1 only when
-        nothing runs on it: a kernel with a wish of its own would not start beside the one before.
-        This is a hint (CUDA driver API, cuFuncSetAttribute); without it, steps are slower.
-        """
-        from triton.backends.nvidia.driver import CudaDriver
-
-        if isinstance(self._driver.active, CudaDriver):
-            function = ctypes.c_void_p(launched.function)
-            _cuda().cuFuncSetAttribute(function, _PREFERRED_CARVEOUT, _MOST_SHARED)
-
     def start_of(self, launched: object) -> Start | None:
         """How to start what ``JITFunction.run`` launched; None for kernels that are not CUDA's."""
         if not isinstance(launched, self._compiled_kernel):
             return None
         if launched.metadata.target.backend != "cuda":
             return None
-        self.share_memory_alike(launched)
         from triton.backends.nvidia.driver import CudaLauncher
 
         run, function, metadata = launched.run, launched.function, launched.packed_metadata

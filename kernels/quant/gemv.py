@@ -170,6 +170,8 @@ def _gemv(
     (rows, k), n, chunks = x.shape, low.shape[0], low.shape[1] // 4
     if rows == 0:
         return
+    if x.data_ptr() % 16 or (rows > 1 and x.stride(0) % 16):
+        x = x.clone(memory_format=torch.contiguous_format)  # loads are of four numbers at once
     width = padded(k)
     config = config or tuned("plane_gemv", tuning_key(ggml_type, n, width, 1), low.device)
     config = config or rule(chunks)
@@ -187,7 +189,7 @@ def _gemv(
         epilogue.bias,
         epilogue.out,
         epilogue.features,
-        x.stride(0),
+        x.stride(0) if rows > 1 else k,
         epilogue.out.stride(0),
         eps,
         k,
