@@ -117,9 +117,7 @@ def candidates(bucket: int, features: int, k: int, gated: bool) -> Iterator[Conf
     weights = features * (2 if gated else 1)
     tiles: tuple[tuple[int, int, int, int], ...]
     if bucket <= 32:
-        # With 16 rows of the weight there are programs enough without parts to be added.
-        tiles = ((16, 256, 1, 4), (16, 256, 2, 5), (16, 512, 2, 3)) if bucket <= 8 else ()
-        tiles += (
+        tiles = (
             (32, 128, 4, 5),
             (32, 256, 4, 4),
             (64, 128, 4, 4),
