@@ -63,8 +63,8 @@ def _profiled(engine: Engine, title: str, work: Callable[[], object]) -> str:
 
 
 def _cpu_rows(trace: profile) -> list[Row]:
-    events = trace.key_averages()
-    return [Row(event.key, event.count, event.self_cpu_time_total) for event in events]
+    rows = (Row(e.key, e.count, e.self_cpu_time_total) for e in trace.key_averages())
+    return [row for row in rows if row.time_us > 0]
 
 
 def _gpu_rows(trace: profile) -> list[Row]:

@@ -104,8 +104,9 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
     """Launch options that let a kernel start while the one before it drains (programmatic dependent
     launch, NVIDIA compute capability 9.0); empty elsewhere.
 
-    A kernel launched so must call ``squall.kernels.lang.wait_for_inputs`` before it touches
-    anything that another kernel of the step reads or writes.
+    A kernel launched so must wait for the one before it (``squall.kernels.lang.wait_for_inputs``
+    and what stands beside it) before it touches anything that another kernel of the step writes, or
+    writes what another one reads.
     """
     if device.type != "cuda" or torch.version.hip:
         return {}

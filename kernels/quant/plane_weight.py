@@ -234,16 +234,21 @@ class PlaneStack:
         self, source: _Input, bias: Tensor | None, like: Tensor, dtype: torch.dtype
     ) -> Tensor:
         y = like.new_empty((source.rows, self.out_features), dtype=dtype)
-        way = {part.way(source) for part in self.parts} if len(self.parts) == 2 else set()
-        pair = [t for p in self.parts for t in (p.planes.tensors, p.planes.format.ggml_type)]
-        if way == {"gemv"}:
-            gemv.plane_gemv_pair(source.x, source.norm, source.eps, *pair, bias, y)
-        elif way == {"gemm"}:
-            gemm.plane_gemm_pair(source.dense, *pair, bias, y)
-        else:
-            for part, place in self._places():
-                part.multiply(source, None if bias is None else bias[place], y[:, place])
+        ways = {part.way(source) for part in self.parts}
+        if len(self.parts) == 2 and ways in ({"gemv"}, {"gemm"}):
+            self._multiply_pair(source, ways.pop(), bias, y)
+            return y
+        for part, place in self._places():
+            part.multiply(source, None if bias is None else bias[place], y[:, place])
         return y
+
+    def _multiply_pair(self, source: _Input, way: str, bias: Tensor | None, out: Tensor) -> None:
+        """Both parts side by side, ``way`` "gemv" or "gemm"."""
+        pair = [t for p in self.parts for t in (p.planes.tensors, p.planes.format.ggml_type)]
+        if way == "gemv":
+            gemv.plane_gemv_pair(source.x, source.norm, source.eps, *pair, bias, out)
+        else:
+            gemm.plane_gemm_pair(source.dense, *pair, bias, out)
 
     def _places(self) -> Iterator[tuple[PlaneWeight, slice]]:
         """Every part with its columns."""
