@@ -16,6 +16,7 @@ from squall.loaders.errors import ModelLoadError
 from squall.loaders.gguf import GGUFFile
 
 _ROPE_FREQS = "rope_freqs.weight"
+_ROPE_LONG, _ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 _LAYERS_LIMIT = 512  # llama.cpp's LLAMA_MAX_LAYERS
 _SIZE_LIMIT = 2**31 - 1
 
@@ -28,6 +29,7 @@ class Architecture:
     model_type: str
     fixed: Mapping[str, Any] = field(default_factory=dict)  # config entries no key speaks about
     extend: Callable[["_Source", dict[str, Any]], dict[str, Any]] | None = None
+    partial_rotary: bool = False  # a part of each head may be rotated
 
 
 class _Source:
@@ -100,7 +102,7 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
         "model_type": architecture.model_type,
         **architecture.fixed,
         **sizes,
-        **_rope(source, sizes["head_dim"]),
+        **_rope(source, sizes["head_dim"], architecture.partial_rotary),
         **_tensors_say(file),
         "rms_norm_eps": source.positive("attention.layer_norm_rms_epsilon"),
     }
@@ -121,9 +123,9 @@ def _sizes(source: _Source) -> dict[str, Any]:
     if heads % kv_heads:
         raise source.fail("attention.head_count_kv", f"{kv_heads} does not divide {heads} heads")
     head_dim = source.size("attention.key_length", hidden // heads)
-    for suffix in ("attention.value_length", "rope.dimension_count"):
-        if (value := source.size(suffix, head_dim)) != head_dim:
-            raise source.fail(suffix, f"{value} is not the head size {head_dim}: not supported")
+    if (value := source.size("attention.value_length", head_dim)) != head_dim:
+        message = f"{value} is not the head size {head_dim}: not supported"
+        raise source.fail("attention.value_length", message)
     return {
         "vocab_size": _vocab_size(source),
         "hidden_size": hidden,
@@ -152,7 +154,12 @@ def _vocab_size(source: _Source) -> int:
     return rows
 
 
-def _rope(source: _Source, head_dim: int) -> dict[str, Any]:
+def _rope(source: _Source, head_dim: int, partial: bool) -> dict[str, Any]:
+    """``partial``: only the first elements of a head may be rotated."""
+    rotary = source.size("rope.dimension_count", head_dim)
+    if rotary != head_dim and not (partial and rotary < head_dim):
+        message = f"{rotary} is not the head size {head_dim}: not supported"
+        raise source.fail("rope.dimension_count", message)
     theta = source.positive("rope.freq_base", 10000.0)
     kind = source.file.get_str(source.key("rope.scaling.type"), "linear")
     old = source.file.get_float(source.key("rope.scale_linear"), 0.0)
@@ -164,15 +171,31 @@ def _rope(source: _Source, head_dim: int) -> dict[str, Any]:
         scaling = _yarn(source, factor)
     elif kind == "linear":
         scaling = {"rope_type": "linear", "factor": factor} if factor != 1.0 else None
-    elif kind != "none":
+    elif kind != "none" and _ROPE_LONG not in source.file.tensors:
         raise source.fail("rope.scaling.type", f"{kind!r} is not one of none, linear, yarn")
     if _ROPE_FREQS in source.file.tensors:
         if scaling is not None:
             raise source.fail(
                 "rope.scaling.type", f"{kind!r} together with tensor {_ROPE_FREQS!r}: not supported"
             )
-        scaling = _rope_factors(source.file, head_dim // 2)
-    return {"rope_theta": theta, "rope_scaling": scaling}
+        factors = _divisors(source.file, _ROPE_FREQS, rotary // 2)
+        scaling = {"rope_type": "factors", "factors": factors, "tensor": _ROPE_FREQS}
+    elif _ROPE_LONG in source.file.tensors:
+        scaling = _longrope(source, rotary // 2)
+    config = {"rope_theta": theta, "rope_scaling": scaling}
+    return config if rotary == head_dim else config | {"partial_rotary_factor": rotary / head_dim}
+
+
+def _longrope(source: _Source, count: int) -> dict[str, Any]:
+    return {
+        "rope_type": "longrope",
+        "long_factor": _divisors(source.file, _ROPE_LONG, count),
+        "short_factor": _divisors(source.file, _ROPE_SHORT, count),
+        "attention_factor": source.positive("rope.scaling.attn_factor", 1.0),
+        "original_max_position_embeddings": source.size(
+            "rope.scaling.original_context_length", source.size("context_length")
+        ),
+    }
 
 
 def _yarn(source: _Source, factor: float) -> dict[str, Any]:
@@ -192,17 +215,20 @@ def _yarn(source: _Source, factor: float) -> dict[str, Any]:
     }
 
 
-def _rope_factors(file: GGUFFile, count: int) -> dict[str, Any]:
-    """Divisors of the ``count`` rotary frequencies (llama.cpp's form of Llama 3's scaling)."""
-    factors = file.dense(_ROPE_FREQS).flatten().tolist()
+def _divisors(file: GGUFFile, tensor: str, count: int) -> list[float]:
+    """Divisors of the ``count`` rotary frequencies: llama.cpp's form of Llama 3's scaling, and of
+    LongRoPE's."""
+    if tensor not in file.tensors:
+        raise ModelLoadError(f"{file.path}: tensor {tensor} is missing")
+    factors: list[float] = file.dense(tensor).flatten().tolist()
     if len(factors) != count:
         raise ModelLoadError(
-            f"{file.path}: tensor {_ROPE_FREQS!r} has {len(factors)} values; the head size asks "
+            f"{file.path}: tensor {tensor!r} has {len(factors)} values; the head size asks "
             f"for {count}"
         )
     if not all(math.isfinite(factor) and factor > 0 for factor in factors):
-        raise ModelLoadError(f"{file.path}: tensor {_ROPE_FREQS!r} has values that are not above 0")
-    return {"rope_type": "factors", "factors": factors, "tensor": _ROPE_FREQS}
+        raise ModelLoadError(f"{file.path}: tensor {tensor!r} has values that are not above 0")
+    return factors
 
 
 def _tensors_say(file: GGUFFile) -> dict[str, Any]:
@@ -214,6 +240,37 @@ def _tensors_say(file: GGUFFile) -> dict[str, Any]:
     }
 
 
+def _softcap(source: _Source, suffix: str, default: float) -> float | None:
+    """A softcap; None for 0, which means none."""
+    return source.file.get_float(source.key(suffix), default) or None
+
+
+def _extend_gemma2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp tells the 27B model, whose scale goes by ``hidden / heads``, by its 46 layers."""
+    per_head = config["hidden_size"] // config["num_attention_heads"]
+    return {
+        "sliding_window": source.size("attention.sliding_window", 4096),
+        "query_pre_attn_scalar": (
+            per_head if config["num_hidden_layers"] == 46 else config["head_dim"]
+        ),
+        "attn_logit_softcapping": _softcap(source, "attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": _softcap(source, "final_logit_softcapping", 30.0),
+    }
+
+
+def _extend_granite(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "attention_multiplier": source.positive("attention.scale", config["head_dim"] ** -0.5),
+        "embedding_multiplier": source.positive("embedding_scale", 1.0),
+        "residual_multiplier": source.positive("residual_scale", 1.0),
+        "logits_scaling": source.positive("logit_scale", 1.0),
+    }
+
+
+def _extend_phi3(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    return {"sliding_window": source.size("attention.sliding_window", 0, minimum=0) or None}
+
+
 def _extend_gemma3(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     """Sliding layers, their rope base and the attention scale.
 
@@ -223,7 +280,6 @@ def _extend_gemma3(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     largest = layers == 62
     window = source.size("attention.sliding_window", 0, minimum=0)
     sliding = _sliding_layers(source, layers) if window else [False] * layers
-    softcap = source.file.get_float(source.key("final_logit_softcapping"), 0.0)
     return {
         "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
         "sliding_window": window or None,
@@ -231,7 +287,7 @@ def _extend_gemma3(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
         "query_pre_attn_scalar": (
             config["hidden_size"] // config["num_attention_heads"] if largest else head_dim
         ),
-        "final_logit_softcapping": softcap or None,
+        "final_logit_softcapping": _softcap(source, "final_logit_softcapping", 0.0),
     }
 
 
@@ -254,6 +310,24 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "llama": Architecture("LlamaForCausalLM", "llama", {"hidden_act": "silu"}),
         "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", {"hidden_act": "silu"}),
         "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", {"hidden_act": "silu"}),
+        "granite": Architecture(
+            "GraniteForCausalLM", "granite", {"hidden_act": "silu"}, _extend_granite
+        ),
+        "smollm3": Architecture(
+            "SmolLM3ForCausalLM", "smollm3", {"hidden_act": "silu", "no_rope_layer_interval": 4}
+        ),
+        "phi3": Architecture(
+            "Phi3ForCausalLM", "phi3", {"hidden_act": "silu"}, _extend_phi3, partial_rotary=True
+        ),
+        "gemma": Architecture(
+            "GemmaForCausalLM", "gemma", {"hidden_activation": "gelu_pytorch_tanh"}
+        ),
+        "gemma2": Architecture(
+            "Gemma2ForCausalLM",
+            "gemma2",
+            {"hidden_activation": "gelu_pytorch_tanh"},
+            _extend_gemma2,
+        ),
         "gemma3": Architecture(
             "Gemma3ForCausalLM",
             "gemma3_text",

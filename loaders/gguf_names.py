@@ -21,6 +21,7 @@ _OUTER = {
     "model.norm": "output_norm",
     "lm_head": "output",
 }
+_TIED_OUTER = {module: name for module, name in _OUTER.items() if module != "lm_head"}
 _BLOCK = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -32,6 +33,8 @@ _BLOCK = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_FUSED = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
+_PARTS = {*(f"self_attn.{name}_proj" for name in "qkv"), "mlp.gate_proj", "mlp.up_proj"}
 _QK_NORM = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 _GEMMA_NORMS = {
     "post_attention_layernorm": "post_attention_norm",
@@ -55,7 +58,9 @@ class NameMap:
     outer: Mapping[str, str] = field(default_factory=lambda: _OUTER)
     permuted: Mapping[str, str] = field(default_factory=dict)
     norm_shift: float = 0.0
-    consumed: frozenset[str] = frozenset({"rope_freqs.weight"})
+    consumed: frozenset[str] = frozenset(
+        {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
+    )
 
     def gguf_name(self, parameter: str) -> str:
         """``model.layers.3.self_attn.q_proj.weight`` -> ``blk.3.attn_q.weight``.
@@ -85,17 +90,23 @@ class NameMap:
         return int(config[key]) if key else 0
 
 
+_LLAMA = NameMap(
+    block=_BLOCK,
+    permuted={
+        "self_attn.q_proj": "num_attention_heads",
+        "self_attn.k_proj": "num_key_value_heads",
+    },
+)
 NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
     {
-        "llama": NameMap(
-            block=_BLOCK,
-            permuted={
-                "self_attn.q_proj": "num_attention_heads",
-                "self_attn.k_proj": "num_key_value_heads",
-            },
-        ),
+        "llama": _LLAMA,
         "qwen2": NameMap(block=_BLOCK),
         "qwen3": NameMap(block=_BLOCK | _QK_NORM),
+        "granite": _LLAMA,
+        "smollm3": _LLAMA,
+        "phi3": NameMap(block={k: v for k, v in _BLOCK.items() if k not in _PARTS} | _FUSED),
+        "gemma": NameMap(_BLOCK, _TIED_OUTER, norm_shift=1.0),
+        "gemma2": NameMap(_BLOCK | _GEMMA_NORMS, _TIED_OUTER, norm_shift=1.0),
         "gemma3": NameMap(block=_BLOCK | _QK_NORM | _GEMMA_NORMS, norm_shift=1.0),
     }
 )

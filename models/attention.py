@@ -28,13 +28,11 @@ class Attention:
         self.attend: Attend | None = None  # what the user chose instead of what is fastest
         q_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
-        self.qkv = read_linear(
-            source,
-            [f"{prefix}.{name}_proj" for name in "qkv"],
-            [q_size, kv_size, kv_size],
-            config.hidden_size,
-            config.qkv_bias,
-        )
+        names, sizes = ["q", "k", "v"], [q_size, kv_size, kv_size]
+        if config.fused_projections:
+            names, sizes = ["qkv"], [sum(sizes)]
+        names = [f"{prefix}.{name}_proj" for name in names]
+        self.qkv = read_linear(source, names, sizes, config.hidden_size, config.qkv_bias)
         self.out = read_linear(
             source, [f"{prefix}.o_proj"], [config.hidden_size], q_size, config.o_bias
         )

@@ -65,10 +65,12 @@ class DecoderConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    fused_projections: bool = False  # checkpoints have one tensor of q, k, v, one of gate, up
     qk_norm: bool = False
     norm_offset: float = 0.0  # added to every norm weight of a Hugging Face checkpoint
     post_norms: bool = False  # a norm behind attention and MLP too, before the residual add
     embedding_scale: float = 1.0
+    logit_scale: float = 1.0
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     wide_range: bool = False  # activations are known to leave float16's range

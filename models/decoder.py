@@ -78,7 +78,8 @@ class Decoder:
             Block(config, layer, source, f"model.layers.{i}")
             for i, layer in enumerate(config.layers)
         ]
-        self.norm = source.norm("model.norm.weight", config.hidden_size, config.norm_offset)
+        norm = source.norm("model.norm.weight", config.hidden_size, config.norm_offset)
+        self.norm = norm * config.logit_scale
         self.head = (
             self.embedding if config.tie_embeddings else source.matrix("lm_head.weight", *shape)
         )

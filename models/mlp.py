@@ -11,8 +11,11 @@ class GatedMLP:
 
     def __init__(self, config: DecoderConfig, source: WeightSource, prefix: str) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        names = [f"{prefix}.gate_proj", f"{prefix}.up_proj"]
-        self.gate_up = read_linear(source, names, [inner, inner], hidden, bias)
+        names, sizes = ["gate", "up"], [inner, inner]
+        if config.fused_projections:
+            names, sizes = ["gate_up"], [2 * inner]
+        names = [f"{prefix}.{name}_proj" for name in names]
+        self.gate_up = read_linear(source, names, sizes, hidden, bias)
         self.down = read_linear(source, [f"{prefix}.down_proj"], [hidden], inner, bias)
         self.activation = config.activation
 

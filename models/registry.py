@@ -6,11 +6,17 @@ from importlib import import_module
 from squall.models.config import ConfigReader, DecoderConfig
 
 ARCHITECTURES: dict[str, str] = {
+    "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
+    "GemmaForCausalLM": "gemma",
+    "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",
+    "MinistralForCausalLM": "mistral",
     "MistralForCausalLM": "mistral",
+    "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "SmolLM3ForCausalLM": "smollm3",
 }
 
 

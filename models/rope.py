@@ -1,7 +1,7 @@
 """Rotary tables: inverse frequencies by scaling rule, then cos and sin for every position.
 
 Rules and formulas are those of transformers' ``modeling_rope_utils`` (default, linear, llama3,
-yarn) and of GGUF's ``rope_freqs.weight`` (``factors``).
+yarn, longrope) and of GGUF's ``rope_freqs.weight`` (``factors``).
 """
 
 import math
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from squall.models.config import RopeConfig
 
-# A rule maps (plain inverse frequencies f64 [dim / 2], config) to (frequencies, factor on cos/sin).
-Rule = Callable[[Tensor, RopeConfig], tuple[Tensor, float]]
+# A rule maps (plain inverse frequencies f64 [dim / 2], config, longest sequence) to (frequencies,
+# factor on cos and sin).
+Rule = Callable[[Tensor, RopeConfig, int], tuple[Tensor, float]]
 
 
 def rope_table(config: RopeConfig, length: int, device: torch.device) -> Tensor:
     """``[length, dim]`` float32: cos in the first half of a row, sin in the second."""
     exponents = torch.arange(0, config.dim, 2, dtype=torch.float64) / config.dim
-    inverse, factor = RULES[config.rule](config.theta**-exponents, config)
+    inverse, factor = RULES[config.rule](config.theta**-exponents, config, length)
     # transformers rounds the inverse frequencies to float32, which shows in long contexts
     angles = torch.outer(torch.arange(length, dtype=torch.float32), inverse.float())
     return (torch.cat((angles.cos(), angles.sin()), dim=1) * factor).to(device)
@@ -31,7 +32,15 @@ def check_rope(config: RopeConfig) -> str | None:
     if config.rule not in RULES:
         return f"rope_type {config.rule!r} is not supported; supported: {', '.join(RULES)}"
     missing = [key for key in _REQUIRED.get(config.rule, ()) if config.settings.get(key) is None]
-    return f"rope_type {config.rule!r} needs {', '.join(missing)}" if missing else None
+    if missing:
+        return f"rope_type {config.rule!r} needs {', '.join(missing)}"
+    for key in _LISTS.get(config.rule, ()):
+        factors, count = config.settings[key], config.dim // 2
+        if not isinstance(factors, list) or len(factors) != count:
+            return f"rope_type {config.rule!r}: {key} must be a list of {count} numbers"
+        if not all(isinstance(f, (int, float)) and 0 < f < math.inf for f in factors):
+            return f"rope_type {config.rule!r}: {key} has values that are not numbers above 0"
+    return None
 
 
 def _number(config: RopeConfig, key: str, default: float | None = None) -> float:
@@ -39,15 +48,20 @@ def _number(config: RopeConfig, key: str, default: float | None = None) -> float
     return float(default if value is None and default is not None else value)
 
 
-def _default(inverse: Tensor, config: RopeConfig) -> tuple[Tensor, float]:
+def _none(inverse: Tensor, config: RopeConfig, length: int) -> tuple[Tensor, float]:
+    """No rotation at any position (layers without positions among others that have them)."""
+    return torch.zeros_like(inverse), 1.0
+
+
+def _default(inverse: Tensor, config: RopeConfig, length: int) -> tuple[Tensor, float]:
     return inverse, 1.0
 
 
-def _linear(inverse: Tensor, config: RopeConfig) -> tuple[Tensor, float]:
+def _linear(inverse: Tensor, config: RopeConfig, length: int) -> tuple[Tensor, float]:
     return inverse / _number(config, "factor"), 1.0
 
 
-def _llama3(inverse: Tensor, config: RopeConfig) -> tuple[Tensor, float]:
+def _llama3(inverse: Tensor, config: RopeConfig, length: int) -> tuple[Tensor, float]:
     factor = _number(config, "factor")
     low, high = _number(config, "low_freq_factor"), _number(config, "high_freq_factor")
     turns = _number(config, "original_max_position_embeddings") * inverse / (2 * math.pi)
@@ -55,7 +69,7 @@ def _llama3(inverse: Tensor, config: RopeConfig) -> tuple[Tensor, float]:
     return (1 - kept) * inverse / factor + kept * inverse, 1.0
 
 
-def _yarn(inverse: Tensor, config: RopeConfig) -> tuple[Tensor, float]:
+def _yarn(inverse: Tensor, config: RopeConfig, length: int) -> tuple[Tensor, float]:
     factor = _number(config, "factor")
     original = _number(
         config,
@@ -91,15 +105,33 @@ def _yarn_attention_factor(config: RopeConfig, factor: float) -> float:
     return magnitude(1.0)
 
 
-def _factors(inverse: Tensor, config: RopeConfig) -> tuple[Tensor, float]:
+def _longrope(inverse: Tensor, config: RopeConfig, length: int) -> tuple[Tensor, float]:
+    """One set of divisors for sequences within the original context, another for longer ones.
+
+    transformers changes over in the middle of a sequence, which leaves its cache with keys of both;
+    here the longest sequence that is possible decides for all.
+    """
+    original = _number(config, "original_max_position_embeddings")
+    factors = config.settings["long_factor" if length > original else "short_factor"]
+    given = config.settings.get("factor")
+    stretch = float(given or _number(config, "max_position_embeddings") / original)
+    attention = config.settings.get("attention_factor")
+    if attention is None:
+        attention = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+    return inverse / torch.tensor(factors, dtype=torch.float64), float(attention)
+
+
+def _factors(inverse: Tensor, config: RopeConfig, length: int) -> tuple[Tensor, float]:
     return inverse / torch.as_tensor(config.settings["factors"], dtype=torch.float64), 1.0
 
 
 RULES: dict[str, Rule] = {
     "default": _default,
+    "none": _none,
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
+    "longrope": _longrope,
     "factors": _factors,
 }
 _REQUIRED: dict[str, tuple[str, ...]] = {
@@ -111,5 +143,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
         "original_max_position_embeddings",
     ),
     "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
     "factors": ("factors",),
 }
+_LISTS: dict[str, tuple[str, ...]] = {"longrope": ("short_factor", "long_factor")}

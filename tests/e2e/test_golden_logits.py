@@ -26,6 +26,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
+    "pad_token_id": None,
 }
 YARN = {
     "rope_type": "yarn",
@@ -40,6 +41,12 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.5, 2.0],
+    "long_factor": [1.0, 2.0, 4.0, 7.5],
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 GEMMA_ROPES = {
@@ -68,6 +75,68 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-window": (
         "Qwen3",
         {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+    ),
+    "ministral": (
+        "Ministral",
+        {
+            "head_dim": 16,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        },
+    ),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
+    "smollm3-window": (
+        "SmolLM3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "num_hidden_layers": 4,
+            "attention_bias": True,
+        },
+    ),
+    "granite": (
+        "Granite",
+        {
+            "embedding_multiplier": 12.0,
+            "attention_multiplier": 0.4,
+            "residual_multiplier": 0.22,
+            "logits_scaling": 8.0,
+        },
+    ),
+    "granite-biases": ("Granite", {"attention_bias": True, "mlp_bias": True}),
+    "phi3": ("Phi3", {}),
+    "phi3-window-partial": (
+        "Phi3",
+        {
+            "sliding_window": 9,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "phi3-longrope": (
+        "Phi3",
+        {"original_max_position_embeddings": 16, "rope_parameters": LONGROPE},
+    ),
+    "phi3-longrope-short": (
+        "Phi3",
+        {
+            "original_max_position_embeddings": 50,
+            "rope_parameters": LONGROPE | {"attention_factor": 1.2},
+        },
+    ),
+    "gemma": ("Gemma", {"head_dim": 16, "tie_word_embeddings": True}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 16,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 20.0,
+        },
     ),
     "gemma3": (
         "Gemma3Text",
