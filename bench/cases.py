@@ -94,10 +94,30 @@ def _gemma3(
     )
 
 
+def _gemma2(sizes: tuple[int, int], layers: int, heads: tuple[int, int]) -> dict[str, Any]:
+    return _llama(
+        256000,
+        sizes,
+        layers,
+        heads,
+        architectures=["Gemma2ForCausalLM"],
+        rms_norm_eps=1e-6,
+        head_dim=256,
+        query_pre_attn_scalar=256,
+        sliding_window=4096,
+        attn_logit_softcapping=50.0,
+        final_logit_softcapping=30.0,
+        max_position_embeddings=8192,
+        hidden_activation="gelu_pytorch_tanh",
+    )
+
+
 _SMOL = {"max_position_embeddings": 8192, "tie_word_embeddings": True}
 
 CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
+        "gemma-2-2b": _gemma2((2304, 9216), 26, (8, 4)),
+        "gemma-2-9b": _gemma2((3584, 14336), 42, (16, 8)),
         "gemma-3-270m": _gemma3((640, 2048), 18, (4, 1), window=512),
         "gemma-3-1b": _gemma3((1152, 6912), 26, (4, 1), window=512),
         "llama-3.2-1b": _llama3((2048, 8192), 16, (32, 8), factor=32.0, tied=True),
@@ -112,6 +132,15 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             max_position_embeddings=32768,
             rope_theta=1e6,
             sliding_window=None,
+        ),
+        "phi-3.5-mini": _llama(
+            32064,
+            (3072, 8192),
+            32,
+            (32, 32),
+            architectures=["Phi3ForCausalLM"],
+            max_position_embeddings=131072,
+            sliding_window=262144,
         ),
         "qwen2.5-0.5b": _qwen(2, 151936, (896, 4864), 24, (14, 2), tied=True),
         "qwen2.5-7b": _qwen(2, 152064, (3584, 18944), 28, (28, 4), tied=False),

@@ -51,6 +51,7 @@ class Recipe:
     values: Rule = lambda place: None  # attn_v
     down: Rule = lambda place: None  # ffn_down
     out: str | None = None  # attn_output
+    fused: str | None = None  # attn_qkv, where q, k and v are one tensor
 
 
 def _sixes(place: Place) -> str | None:
@@ -76,18 +77,23 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             values=lambda place: "Q5_K" if place.layer < 2 else "Q4_K",
             down=lambda place: "Q5_K" if place.layer < place.layers // 16 else "Q4_K",
             out="Q4_K",
+            fused="Q4_K",
         ),
         "q3_k_l": Recipe(
-            "Q3_K", values=lambda place: "Q5_K", down=lambda place: "Q5_K", out="Q5_K"
+            "Q3_K",
+            values=lambda place: "Q5_K",
+            down=lambda place: "Q5_K",
+            out="Q5_K",
+            fused="Q4_K",
         ),
         "q4_k_s": Recipe(
             "Q4_K",
             values=lambda place: "Q5_K" if place.layer < 4 else None,
             down=lambda place: "Q5_K" if place.layer < place.layers // 8 else None,
         ),
-        "q4_k_m": Recipe("Q4_K", values=_sixes, down=_sixes),
+        "q4_k_m": Recipe("Q4_K", values=_sixes, down=_sixes, fused="Q5_K"),
         "q5_k_s": Recipe("Q5_K"),
-        "q5_k_m": Recipe("Q5_K", values=_sixes, down=_sixes),
+        "q5_k_m": Recipe("Q5_K", values=_sixes, down=_sixes, fused="Q6_K"),
         "q6_k": Recipe("Q6_K"),
     }
 )
@@ -111,6 +117,7 @@ def matrix_type(recipe: str, name: str, in_features: int, config: DecoderConfig)
             "v_proj": rules.values(place),
             "down_proj": rules.down(place),
             "o_proj": rules.out,
+            "qkv_proj": rules.fused,
         }.get(layer[2])
         wanted = special or rules.base
     elif name == "lm_head.weight" or config.tie_embeddings:

@@ -53,12 +53,15 @@ TINY = DecoderConfig(
 
 # Parameters as the model cards give them, in millions; norms and biases are below the tolerance.
 PARAMETERS = {
+    "gemma-2-2b": 2614.3,
+    "gemma-2-9b": 9241.7,
     "gemma-3-270m": 268.1,
     "gemma-3-1b": 999.9,
     "llama-3.2-1b": 1235.8,
     "llama-3.2-3b": 3212.7,
     "llama-3.1-8b": 8030.3,
     "mistral-7b": 7248.0,
+    "phi-3.5-mini": 3821.1,
     "qwen2.5-0.5b": 494.0,
     "qwen2.5-7b": 7615.6,
     "qwen3-0.6b": 596.0,
@@ -77,9 +80,13 @@ def matrices(config: DecoderConfig) -> dict[str, tuple[int, int]]:
         found["lm_head.weight"] = (config.vocab_size, hidden)
     for i in range(config.num_layers):
         attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-        found |= {f"{attention}.{n}_proj.weight": (kv, hidden) for n in "kv"}
-        found |= {f"{mlp}.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
-        found[f"{attention}.q_proj.weight"] = (q, hidden)
+        if config.fused_projections:
+            found[f"{attention}.qkv_proj.weight"] = (q + 2 * kv, hidden)
+            found[f"{mlp}.gate_up_proj.weight"] = (2 * inner, hidden)
+        else:
+            found |= {f"{attention}.{n}_proj.weight": (kv, hidden) for n in "kv"}
+            found |= {f"{mlp}.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
+            found[f"{attention}.q_proj.weight"] = (q, hidden)
         found[f"{attention}.o_proj.weight"] = (hidden, q)
         found[f"{mlp}.down_proj.weight"] = (hidden, inner)
     return found
@@ -92,7 +99,7 @@ def test_cases_have_the_published_number_of_parameters(name: str) -> None:
 
 
 def test_an_unknown_case_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'llama-9'; known: gemma-3-270m, "):
+    with pytest.raises(ValueError, match=r"'llama-9'; known: gemma-2-2b, "):
         case_config("llama-9")
 
 
@@ -117,6 +124,7 @@ def test_q4_k_m_gives_more_bits_to_half_of_the_layers() -> None:
         ("llama-3.1-8b", "q8_0", 8.541),
         ("llama-3.2-1b", "q4_k_m", 0.808),
         ("qwen2.5-7b", "q4_k_m", 4.683),
+        ("phi-3.5-mini", "q4_k_m", 2.393),
     ],
 )
 def test_recipes_give_the_size_of_published_files(case: str, recipe: str, gigabytes: float) -> None:

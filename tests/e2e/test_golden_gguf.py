@@ -1,0 +1,189 @@
+"""Every GGUF architecture against transformers: tiny random models in files as llama.cpp writes
+them, read by our loader.
+
+Tensor names are those of the ``gguf`` package. What else llama.cpp's converter does (rows of q and
+k in another order, norms plus one, settings under other names) is written down here once more, so
+that the loader is not compared with itself.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from squall.loaders.hub import resolve
+from squall.loaders.load import Checkpoint
+from squall.loaders.progress import NoProgress
+from squall.tools.logits import sequence_logits
+from tests.e2e.test_golden_logits import CASES, SIZES, TOKENS, save_random
+
+Config = Any  # a transformers config
+Keys = dict[str, Any]
+
+# The values that llama.cpp takes from a model's name or size and not from the file.
+_NO_ROPE_EVERY = {"num_hidden_layers": 4, "no_rope_layer_interval": 4}
+
+
+def _rope(config: Config) -> Keys:
+    """Of models with one rope."""
+    rope = config.rope_parameters
+    keys = {"rope.freq_base": rope["rope_theta"]}
+    kind = rope["rope_type"]
+    if kind in ("linear", "yarn"):
+        keys |= {"rope.scaling.type": kind, "rope.scaling.factor": rope["factor"]}
+    if kind == "yarn":
+        keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+    return keys
+
+
+def _phi3(config: Config) -> Keys:
+    rope = config.rope_parameters
+    head_dim = config.hidden_size // config.num_attention_heads
+    keys = _rope(config) | {
+        "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    }
+    if config.sliding_window:
+        keys["attention.sliding_window"] = config.sliding_window
+    if rope["rope_type"] == "longrope":
+        original = config.original_max_position_embeddings
+        stretch = config.max_position_embeddings / original
+        factor = float(np.sqrt(1 + np.log(stretch) / np.log(original)))
+        keys["rope.scaling.attn_factor"] = rope.get("attention_factor") or factor
+        keys["rope.scaling.original_context_length"] = original
+    return keys
+
+
+def _granite(config: Config) -> Keys:
+    return _rope(config) | {
+        "attention.scale": config.attention_multiplier,
+        "embedding_scale": config.embedding_multiplier,
+        "residual_scale": config.residual_multiplier,
+        "logit_scale": config.logits_scaling,
+    }
+
+
+def _gemma2(config: Config) -> Keys:
+    return _rope(config) | {
+        "attention.sliding_window": config.sliding_window,
+        "attn_logit_softcapping": config.attn_logit_softcapping,
+        "final_logit_softcapping": config.final_logit_softcapping,
+    }
+
+
+def _gemma3(config: Config) -> Keys:
+    ropes = config.rope_parameters
+    keys = {
+        "rope.freq_base": ropes["full_attention"]["rope_theta"],
+        "rope.freq_base_swa": ropes["sliding_attention"]["rope_theta"],
+        "attention.sliding_window": config.sliding_window,
+    }
+    if ropes["full_attention"]["rope_type"] == "linear":
+        keys |= {
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": ropes["full_attention"]["factor"],
+        }
+    if config.final_logit_softcapping:
+        keys["final_logit_softcapping"] = config.final_logit_softcapping
+    return keys
+
+
+_PERMUTED, _SHIFTED = {"llama", "granite", "smollm3"}, {"gemma", "gemma2", "gemma3"}
+# By case of the table of safetensors models: the GGUF architecture, its keys, and what must be
+# another value because the file does not say it.
+ROWS: dict[str, tuple[str, Callable[[Config], Keys], dict[str, Any]]] = {
+    "llama": ("llama", _rope, {}),
+    "llama-biases": ("llama", _rope, {}),
+    "llama-rope-linear": ("llama", _rope, {}),
+    "llama-rope-yarn": ("llama", _rope, {}),
+    "qwen2": ("qwen2", _rope, {}),
+    "qwen3": ("qwen3", _rope, {}),
+    "smollm3": ("smollm3", _rope, {"no_rope_layers": None, **_NO_ROPE_EVERY}),
+    "granite": ("granite", _granite, {}),
+    "granite-biases": ("granite", _granite, {"attention_multiplier": 0.3}),
+    "phi3": ("phi3", _phi3, {}),
+    "phi3-window-partial": ("phi3", _phi3, {}),
+    "phi3-longrope": ("phi3", _phi3, {}),
+    "phi3-longrope-short": ("phi3", _phi3, {}),
+    "gemma": ("gemma", _rope, {}),
+    "gemma2": ("gemma2", _gemma2, {"query_pre_attn_scalar": 16, "tie_word_embeddings": True}),
+    "gemma3": ("gemma3", _gemma3, {"query_pre_attn_scalar": 16}),
+    "gemma3-ropes-softcaps": ("gemma3", _gemma3, {"query_pre_attn_scalar": 32}),
+}
+
+
+def _permuted(rows: Tensor, heads: int) -> Tensor:
+    """Rows of the two halves of each head in turn (LlamaModel.permute of llama.cpp)."""
+    return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def _tensors(model: torch.nn.Module, architecture: str) -> dict[str, Tensor]:
+    config = model.config
+    kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture)
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        module = name.split(".")[-2]
+        if architecture in _PERMUTED and module in heads:
+            tensor = _permuted(tensor, heads[module])
+        if architecture in _SHIFTED and module.endswith("norm"):
+            tensor = tensor + 1
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert found is not None, name
+        tensors[found] = tensor
+    rope = config.rope_parameters
+    if rope.get("rope_type") == "longrope":
+        for length in ("long", "short"):
+            tensors[f"rope_factors_{length}.weight"] = torch.tensor(rope[f"{length}_factor"])
+    return tensors
+
+
+def write_gguf(path: Path, model: torch.nn.Module, architecture: str, keys: Keys) -> None:
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sizes = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+    }
+    writer = gguf.GGUFWriter(path, architecture)
+    for suffix, value in (sizes | keys).items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](f"{architecture}.{suffix}", value)
+    writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(SIZES["vocab_size"])])
+    for name, tensor in _tensors(model, architecture).items():
+        writer.add_tensor(name, tensor.float().contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_logits_equal_transformers(case: str, tmp_path: Path) -> None:
+    architecture, keys, changes = ROWS[case]
+    family, overrides = CASES[case]
+    reference = save_random(tmp_path / "hf", family, overrides | changes)
+    path = tmp_path / "model.gguf"
+    write_gguf(path, reference, architecture, keys(reference.config))
+    ids = torch.randint(0, SIZES["vocab_size"], (TOKENS,)).tolist()
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids])).logits[0].float()
+    checkpoint = Checkpoint(resolve(str(path)))
+    model = checkpoint.decoder(torch.device("cpu"), torch.float32, TOKENS, NoProgress())
+    found = sequence_logits(model, ids, TOKENS, block_size=8)
+    assert (found - expected).abs().max().item() <= 1e-4 * expected.abs().max().item()
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
