@@ -67,6 +67,10 @@ class Weight(Protocol):
         """Rows ``ids`` (int32 or int64 [T]) as ``[T, in]`` of ``dtype``: an embedding lookup."""
         ...
 
+    def select(self, ids: Tensor) -> "Weight":
+        """The weight of rows ``ids`` (int64 [N])."""
+        ...
+
 
 @dataclass(frozen=True)
 class DenseWeight:
@@ -105,6 +109,9 @@ class DenseWeight:
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return self.data.index_select(0, ids).to(dtype)
+
+    def select(self, ids: Tensor) -> "DenseWeight":
+        return DenseWeight(self.data.index_select(0, ids))
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,9 @@ class BlockWeight:
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         return dequantize_rows(self.raw, ids.long(), self.format.ggml_type, dtype)
 
+    def select(self, ids: Tensor) -> "BlockWeight":
+        return BlockWeight(self.format, self.raw.index_select(0, ids))
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -189,6 +199,9 @@ class Stack:
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         raise TypeError("an embedding is one matrix")
+
+    def select(self, ids: Tensor) -> Weight:
+        raise TypeError("rows are selected before weights are stacked")
 
 
 def _biased(y: Tensor, bias: Tensor | None) -> Tensor:

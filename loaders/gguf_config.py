@@ -267,6 +267,10 @@ def _extend_granite(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _extend_ernie4_5(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    return {"use_bias": config["attention_bias"]}
+
+
 def _extend_phi3(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     return {"sliding_window": source.size("attention.sliding_window", 0, minimum=0) or None}
 
@@ -318,6 +322,12 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
         "phi3": Architecture(
             "Phi3ForCausalLM", "phi3", {"hidden_act": "silu"}, _extend_phi3, partial_rotary=True
+        ),
+        "glm4": Architecture(
+            "Glm4ForCausalLM", "glm4", {"hidden_act": "silu"}, partial_rotary=True
+        ),
+        "ernie4_5": Architecture(
+            "Ernie4_5ForCausalLM", "ernie4_5", {"hidden_act": "silu"}, _extend_ernie4_5
         ),
         "gemma": Architecture(
             "GemmaForCausalLM", "gemma", {"hidden_activation": "gelu_pytorch_tanh"}

@@ -105,6 +105,15 @@ NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
         "granite": _LLAMA,
         "smollm3": _LLAMA,
         "phi3": NameMap(block={k: v for k, v in _BLOCK.items() if k not in _PARTS} | _FUSED),
+        "glm4": NameMap(
+            block={k: v for k, v in _BLOCK.items() if k not in ("mlp.gate_proj", "mlp.up_proj")}
+            | {
+                "mlp.gate_up_proj": "ffn_up",
+                "post_self_attn_layernorm": "post_attention_norm",
+                "post_mlp_layernorm": "post_ffw_norm",
+            }
+        ),
+        "ernie4_5": NameMap(block=_BLOCK),
         "gemma": NameMap(_BLOCK, _TIED_OUTER, norm_shift=1.0),
         "gemma2": NameMap(_BLOCK | _GEMMA_NORMS, _TIED_OUTER, norm_shift=1.0),
         "gemma3": NameMap(block=_BLOCK | _QK_NORM | _GEMMA_NORMS, norm_shift=1.0),

@@ -10,6 +10,7 @@ from squall.kernels.attention.prompt import prefill_attention
 from squall.kernels.attention.rope_store import rope_store_kv
 from squall.models.batch import Batch
 from squall.models.config import DecoderConfig, LayerConfig
+from squall.models.rope import halves_first
 from squall.models.weights import WeightSource, read_linear
 
 Attend = Callable[..., Tensor]  # takes what ``paged_attention`` takes
@@ -29,10 +30,15 @@ class Attention:
         q_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
         names, sizes = ["q", "k", "v"], [q_size, kv_size, kv_size]
-        if config.fused_projections:
-            names, sizes = ["qkv"], [sum(sizes)]
+        orders: list[Tensor | None] = [None, None, None]
+        if config.interleaved_rope:
+            rotary = config.ropes[layer.rope].dim
+            heads = config.num_heads, config.num_kv_heads
+            orders[:2] = (halves_first(n, config.head_dim, rotary, source.device) for n in heads)
+        if config.fused_qkv:
+            names, sizes, orders = ["qkv"], [sum(sizes)], [None]
         names = [f"{prefix}.{name}_proj" for name in names]
-        self.qkv = read_linear(source, names, sizes, config.hidden_size, config.qkv_bias)
+        self.qkv = read_linear(source, names, sizes, config.hidden_size, config.qkv_bias, orders)
         self.out = read_linear(
             source, [f"{prefix}.o_proj"], [config.hidden_size], q_size, config.o_bias
         )

@@ -46,6 +46,17 @@ class LayerConfig:
 
 
 @dataclass(frozen=True)
+class NormNames:
+    """The norms of a layer by their names in checkpoints; those behind attention and MLP, before
+    the residual add, are optional."""
+
+    attention: str = "input_layernorm"
+    mlp: str = "post_attention_layernorm"
+    after_attention: str | None = None
+    after_mlp: str | None = None
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """A decoder-only transformer; sizes are counts of elements."""
 
@@ -65,10 +76,12 @@ class DecoderConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    fused_projections: bool = False  # checkpoints have one tensor of q, k, v, one of gate, up
+    fused_qkv: bool = False  # checkpoints have one tensor of q, k and v
+    fused_gate_up: bool = False  # and one of gate and up
+    interleaved_rope: bool = False  # what is rotated together lies side by side in checkpoints
     qk_norm: bool = False
     norm_offset: float = 0.0  # added to every norm weight of a Hugging Face checkpoint
-    post_norms: bool = False  # a norm behind attention and MLP too, before the residual add
+    norms: NormNames = NormNames()
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     attention_softcap: float = 0.0

@@ -25,17 +25,13 @@ class Block:
 
         self.eps = config.norm_eps
         self.rope = layer.rope
-        self.input_norm = norm("input_layernorm")
+        names = config.norms
+        self.input_norm = norm(names.attention)
         self.attention = Attention(config, layer, source, f"{prefix}.self_attn")
         self.mlp = GatedMLP(config, source, f"{prefix}.mlp")
-        self.post_attention_norm: Tensor | None = None
-        self.post_mlp_norm: Tensor | None = None
-        if config.post_norms:
-            self.post_attention_norm = norm("post_attention_layernorm")
-            self.mlp_norm = norm("pre_feedforward_layernorm")
-            self.post_mlp_norm = norm("post_feedforward_layernorm")
-        else:
-            self.mlp_norm = norm("post_attention_layernorm")
+        self.mlp_norm = norm(names.mlp)
+        self.post_attention_norm = norm(names.after_attention) if names.after_attention else None
+        self.post_mlp_norm = norm(names.after_mlp) if names.after_mlp else None
 
     def __call__(
         self,

@@ -5,7 +5,13 @@ from dataclasses import replace
 
 from squall.models import gemma
 from squall.models.common import read_windows
-from squall.models.config import ConfigReader, DecoderConfig, LayerConfig
+from squall.models.config import ConfigReader, DecoderConfig, LayerConfig, NormNames
+
+NORMS = NormNames(
+    mlp="pre_feedforward_layernorm",
+    after_attention="post_attention_layernorm",
+    after_mlp="post_feedforward_layernorm",
+)
 
 
 def _read_layers(reader: ConfigReader) -> tuple[LayerConfig, ...]:
@@ -23,7 +29,7 @@ def read_config(reader: ConfigReader) -> DecoderConfig:
         gemma.read_config(reader),
         layers=_read_layers(reader),
         attention_scale=reader.get_float("query_pre_attn_scalar", 256) ** -0.5,
-        post_norms=True,
+        norms=NORMS,
         attention_softcap=reader.get_float("attn_logit_softcapping", None) or 0.0,
         logit_softcap=reader.get_float("final_logit_softcapping", None) or 0.0,
     )

@@ -1,6 +1,7 @@
 """Gemma 3 text: four (1 + w) norms a layer, q/k norms, scaled embeddings, five sliding layers
 with their own rope before each global one."""
 
+from squall.models import gemma2
 from squall.models.common import read_activation, read_heads, read_rope, read_windows
 from squall.models.config import ConfigReader, DecoderConfig, LayerConfig
 
@@ -37,7 +38,7 @@ def read_config(reader: ConfigReader) -> DecoderConfig:
         o_bias=attention_bias,
         qk_norm=True,
         norm_offset=1.0,
-        post_norms=True,
+        norms=gemma2.NORMS,
         embedding_scale=heads["hidden_size"] ** 0.5,
         attention_softcap=reader.get_float("attn_logit_softcapping", None) or 0.0,
         logit_softcap=reader.get_float("final_logit_softcapping", None) or 0.0,

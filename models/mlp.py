@@ -12,7 +12,7 @@ class GatedMLP:
     def __init__(self, config: DecoderConfig, source: WeightSource, prefix: str) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         names, sizes = ["gate", "up"], [inner, inner]
-        if config.fused_projections:
+        if config.fused_gate_up:
             names, sizes = ["gate_up"], [2 * inner]
         names = [f"{prefix}.{name}_proj" for name in names]
         self.gate_up = read_linear(source, names, sizes, hidden, bias)

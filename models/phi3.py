@@ -8,4 +8,4 @@ from squall.models.config import ConfigReader, DecoderConfig
 
 
 def read_config(reader: ConfigReader) -> DecoderConfig:
-    return replace(mistral.read_config(reader), fused_projections=True)
+    return replace(mistral.read_config(reader), fused_qkv=True, fused_gate_up=True)

@@ -6,9 +6,12 @@ from importlib import import_module
 from squall.models.config import ConfigReader, DecoderConfig
 
 ARCHITECTURES: dict[str, str] = {
+    "Ernie4_5ForCausalLM": "ernie4_5",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
     "GemmaForCausalLM": "gemma",
+    "Glm4ForCausalLM": "glm4",
+    "GlmForCausalLM": "glm",
     "GraniteForCausalLM": "granite",
     "LlamaForCausalLM": "llama",
     "MinistralForCausalLM": "mistral",

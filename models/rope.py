@@ -27,6 +27,18 @@ def rope_table(config: RopeConfig, length: int, device: torch.device) -> Tensor:
     return (torch.cat((angles.cos(), angles.sin()), dim=1) * factor).to(device)
 
 
+def halves_first(heads: int, head_dim: int, rotary: int, device: torch.device) -> Tensor:
+    """Rows of a q or k projection in another order, int64 ``[heads * head_dim]``: of the first
+    ``rotary`` elements of each head the even ones, then the odd ones.
+
+    Some models rotate elements 2i and 2i + 1 together; ours rotate i and i + rotary / 2. Scores are
+    the same when q and k are both reordered.
+    """
+    row = torch.arange(head_dim, device=device)
+    row[:rotary] = row[:rotary].view(-1, 2).t().flatten()
+    return (torch.arange(heads, device=device)[:, None] * head_dim + row).flatten()
+
+
 def check_rope(config: RopeConfig) -> str | None:
     """Why ``config`` cannot be used, or None."""
     if config.rule not in RULES:

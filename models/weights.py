@@ -36,15 +36,25 @@ class WeightSource(Protocol):
 
 
 def read_linear(
-    source: WeightSource, names: Sequence[str], outs: Sequence[int], in_features: int, bias: bool
+    source: WeightSource,
+    names: Sequence[str],
+    outs: Sequence[int],
+    in_features: int,
+    bias: bool,
+    orders: Sequence[Tensor | None] | None = None,
 ) -> Linear:
-    """The projection ``names`` (modules, without ``.weight``) stacked along the output."""
-    parts = zip(names, outs, strict=True)
-    weights = [source.matrix(f"{name}.weight", out, in_features) for name, out in parts]
+    """The projection ``names`` (modules, without ``.weight``) stacked along the output; ``orders``
+    are the rows to take of each, None for all as they are."""
+    parts = list(zip(names, outs, orders or [None] * len(names), strict=True))
+    weights, biases = [], []
+    for name, out, order in parts:
+        weight = source.matrix(f"{name}.weight", out, in_features)
+        weights.append(weight if order is None else weight.select(order))
     if not bias:
         return Linear(weights, source.dtype)
-    parts = zip(names, outs, strict=True)
-    biases = [source.vector(f"{name}.bias", out) for name, out in parts]
+    for name, out, order in parts:
+        vector = source.vector(f"{name}.bias", out)
+        biases.append(vector if order is None else vector[order])
     return Linear(weights, source.dtype, torch.cat(biases))
 
 

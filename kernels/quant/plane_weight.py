@@ -109,6 +109,15 @@ class PlaneWeight:
         kind = self.planes.format.ggml_type
         return plane_rows(*self.planes.tensors, kind, self.in_features, ids, dtype)
 
+    def select(self, ids: Tensor) -> "PlaneWeight":
+        """The weight of rows ``ids`` (int64 [N])."""
+        picked = [None if t is None else t.index_select(0, ids) for t in self.planes.tensors]
+        low, high, scales, supers = picked
+        assert low is not None
+        assert scales is not None
+        planes = replace(self.planes, low=low, high=high, scales=scales, supers=supers)
+        return PlaneWeight(planes, self.dtype)
+
     def multiply(
         self,
         x: _Input,
@@ -229,6 +238,9 @@ class PlaneStack:
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         raise TypeError("an embedding is one matrix")
+
+    def select(self, ids: Tensor) -> "PlaneStack":
+        raise TypeError("rows are selected before weights are stacked")
 
     def _multiply(
         self, source: _Input, bias: Tensor | None, like: Tensor, dtype: torch.dtype

@@ -41,12 +41,17 @@ def _rope(config: Config) -> Keys:
     return keys
 
 
+def _head_dim(config: Config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _partial(config: Config) -> Keys:
+    factor = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    return _rope(config) | {"rope.dimension_count": int(_head_dim(config) * factor)}
+
+
 def _phi3(config: Config) -> Keys:
-    rope = config.rope_parameters
-    head_dim = config.hidden_size // config.num_attention_heads
-    keys = _rope(config) | {
-        "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1.0))
-    }
+    rope, keys = config.rope_parameters, _partial(config)
     if config.sliding_window:
         keys["attention.sliding_window"] = config.sliding_window
     if rope["rope_type"] == "longrope":
@@ -105,6 +110,8 @@ ROWS: dict[str, tuple[str, Callable[[Config], Keys], dict[str, Any]]] = {
     "smollm3": ("smollm3", _rope, {"no_rope_layers": None, **_NO_ROPE_EVERY}),
     "granite": ("granite", _granite, {}),
     "granite-biases": ("granite", _granite, {"attention_multiplier": 0.3}),
+    "ernie4_5": ("ernie4_5", _rope, {}),
+    "glm4": ("glm4", _partial, {}),
     "phi3": ("phi3", _phi3, {}),
     "phi3-window-partial": ("phi3", _phi3, {}),
     "phi3-longrope": ("phi3", _phi3, {}),
@@ -147,7 +154,6 @@ def _tensors(model: torch.nn.Module, architecture: str) -> dict[str, Tensor]:
 
 def write_gguf(path: Path, model: torch.nn.Module, architecture: str, keys: Keys) -> None:
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     sizes = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,
@@ -155,8 +161,8 @@ def write_gguf(path: Path, model: torch.nn.Module, architecture: str, keys: Keys
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
         "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
+        "attention.key_length": _head_dim(config),
+        "attention.value_length": _head_dim(config),
         "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
     }
     writer = gguf.GGUFWriter(path, architecture)

@@ -104,6 +104,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "granite-biases": ("Granite", {"attention_bias": True, "mlp_bias": True}),
+    "ernie4_5": ("Ernie4_5", {"use_bias": True, "head_dim": 12}),
+    "glm": ("Glm", {"head_dim": 16, "attention_bias": True}),
+    "glm4": ("Glm4", {"head_dim": 16, "attention_bias": True}),
     "phi3": ("Phi3", {}),
     "phi3-window-partial": (
         "Phi3",

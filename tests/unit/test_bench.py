@@ -80,7 +80,7 @@ def matrices(config: DecoderConfig) -> dict[str, tuple[int, int]]:
         found["lm_head.weight"] = (config.vocab_size, hidden)
     for i in range(config.num_layers):
         attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-        if config.fused_projections:
+        if config.fused_qkv:
             found[f"{attention}.qkv_proj.weight"] = (q + 2 * kv, hidden)
             found[f"{mlp}.gate_up_proj.weight"] = (2 * inner, hidden)
         else:
