@@ -267,6 +267,21 @@ def _extend_granite(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _extend_olmo2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    """With a window it is OLMo 3."""
+    window = source.size("attention.sliding_window", 0, minimum=0)
+    if not window:
+        return {}
+    sliding = _sliding_layers(source, config["num_hidden_layers"], period=4)
+    return {
+        "architectures": ["Olmo3ForCausalLM"],
+        "model_type": "olmo3",
+        "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
+        "sliding_window": window,
+        "rope_local_base_freq": config["rope_theta"],
+    }
+
+
 def _extend_ernie4_5(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     return {"use_bias": config["attention_bias"]}
 
@@ -283,7 +298,7 @@ def _extend_gemma3(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     layers, head_dim = config["num_hidden_layers"], config["head_dim"]
     largest = layers == 62
     window = source.size("attention.sliding_window", 0, minimum=0)
-    sliding = _sliding_layers(source, layers) if window else [False] * layers
+    sliding = _sliding_layers(source, layers, period=6) if window else [False] * layers
     return {
         "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
         "sliding_window": window or None,
@@ -295,11 +310,11 @@ def _extend_gemma3(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sliding_layers(source: _Source, layers: int) -> list[bool]:
-    """Which layers have a window: flags, or all but every n-th layer (6th by default)."""
+def _sliding_layers(source: _Source, layers: int, period: int) -> list[bool]:
+    """Which layers have a window: flags, or all but every n-th layer (by default ``period``)."""
     key = source.key("attention.sliding_window_pattern")
     if isinstance(source.file.metadata.get(key), int | None):
-        period = source.size("attention.sliding_window_pattern", 6, minimum=0)
+        period = source.size("attention.sliding_window_pattern", period, minimum=0)
         return [period == 0 or i % period < period - 1 for i in range(layers)]
     flags = source.file.get_list(key)
     if len(flags) != layers:
@@ -326,6 +341,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "glm4": Architecture(
             "Glm4ForCausalLM", "glm4", {"hidden_act": "silu"}, partial_rotary=True
         ),
+        "olmo2": Architecture("Olmo2ForCausalLM", "olmo2", {"hidden_act": "silu"}, _extend_olmo2),
         "ernie4_5": Architecture(
             "Ernie4_5ForCausalLM", "ernie4_5", {"hidden_act": "silu"}, _extend_ernie4_5
         ),

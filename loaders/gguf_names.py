@@ -114,6 +114,14 @@ NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
             }
         ),
         "ernie4_5": NameMap(block=_BLOCK),
+        "olmo2": NameMap(
+            block={k: v for k, v in _BLOCK.items() if k != "input_layernorm"}
+            | _QK_NORM
+            | {
+                "post_attention_layernorm": "post_attention_norm",
+                "post_feedforward_layernorm": "post_ffw_norm",
+            }
+        ),
         "gemma": NameMap(_BLOCK, _TIED_OUTER, norm_shift=1.0),
         "gemma2": NameMap(_BLOCK | _GEMMA_NORMS, _TIED_OUTER, norm_shift=1.0),
         "gemma3": NameMap(block=_BLOCK | _QK_NORM | _GEMMA_NORMS, norm_shift=1.0),

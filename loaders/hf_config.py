@@ -308,7 +308,11 @@ _ROPE_NEEDS: Final[dict[str, tuple[str, ...]]] = {
 _DEFAULT_THETA: Final = 10000.0
 # rope_theta of global and of sliding layers where config.json leaves them out: transformers 4
 # does not write values that equal the class's defaults, and Gemma 3's published files rely on it.
-_MODEL_THETA: Final = {"gemma3_text": (1e6, 1e4), "gemma3n_text": (1e6, 1e4)}
+_MODEL_THETA: Final = {
+    "gemma3_text": (1e6, 1e4),
+    "gemma3n_text": (1e6, 1e4),
+    "olmo3": (5e5, 5e5),
+}
 
 
 def rope_parameters(reader: ConfigReader, layer_type: str | None = None) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from squall.kernels.attention.decode_step import decode_attention
 from squall.kernels.attention.paged import paged_attention
 from squall.kernels.attention.prompt import prefill_attention
 from squall.kernels.attention.rope_store import rope_store_kv
+from squall.kernels.rmsnorm import rms_norm
 from squall.models.batch import Batch
 from squall.models.config import DecoderConfig, LayerConfig
 from squall.models.rope import halves_first
@@ -48,11 +50,25 @@ class Attention:
             offset = config.norm_offset
             self.q_norm = source.norm(f"{prefix}.q_norm.weight", config.head_dim, offset)
             self.k_norm = source.norm(f"{prefix}.k_norm.weight", config.head_dim, offset)
+        self.wide_norms: tuple[Tensor, ...] = ()
+        if config.wide_qk_norm:
+            self.wide_norms = tuple(
+                source.norm(f"{prefix}.{name}_norm.weight", size, config.norm_offset)
+                for name, size in (("q", q_size), ("k", kv_size))
+            )
+
+    def _normed(self, qkv: Tensor) -> Tensor:
+        """``qkv`` with one norm over all of q, and one over all of k."""
+        sizes = [norm.shape[0] for norm in self.wide_norms]
+        *parts, values = torch.split(qkv, [*sizes, sizes[-1]], 1)
+        pairs = zip(parts, self.wide_norms, strict=True)
+        normed = [rms_norm(part, norm, self.eps, qkv.dtype) for part, norm in pairs]
+        return torch.cat((*normed, values), 1)
 
     def mixed(
         self,
         stream: Tensor,
-        norm: Tensor,
+        norm: Tensor | None,
         batch: Batch,
         cache: tuple[Tensor, Tensor],
         rope: Tensor,
@@ -60,6 +76,8 @@ class Attention:
         """What goes into ``out``: ``[T, hidden]`` float32 -> ``[T, heads * head_dim]``. Writes this
         step's keys and values into the cache."""
         qkv = self.qkv.of_norm(stream, norm, self.eps)
+        if self.wide_norms:
+            qkv = self._normed(qkv)
         rotary = self.q_norm, self.k_norm, self.eps, batch.positions, rope, *cache, batch.slots
         limits = self.scale, self.window, self.softcap, None
         index = batch.block_tables, batch.query_start, batch.context_lens

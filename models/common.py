@@ -69,6 +69,18 @@ def read_windows(reader: ConfigReader, layers: int, default_sliding: bool) -> tu
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
+def read_alternating_layers(reader: ConfigReader, full_every: int) -> tuple[LayerConfig, ...]:
+    """Layers with a window and rope 1, each ``full_every``-th without and with rope 0; or as
+    ``layer_types`` says."""
+    count = reader.get_int("num_hidden_layers")
+    if reader.has("layer_types"):
+        windows = read_windows(reader, count, default_sliding=False)
+    else:
+        window = reader.get_int("sliding_window", 4096)
+        windows = tuple(window if (i + 1) % full_every else 0 for i in range(count))
+    return tuple(LayerConfig(window, rope=1 if window else 0) for window in windows)
+
+
 def read_layers(reader: ConfigReader, default_sliding: bool) -> tuple[LayerConfig, ...]:
     """Per-layer windows with one rope for all."""
     count = reader.get_int("num_hidden_layers")

@@ -47,11 +47,11 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class NormNames:
-    """The norms of a layer by their names in checkpoints; those behind attention and MLP, before
-    the residual add, are optional."""
+    """The norms of a layer by their names in checkpoints, None for those it has not: before
+    attention and MLP, and behind them, before the residual add."""
 
-    attention: str = "input_layernorm"
-    mlp: str = "post_attention_layernorm"
+    attention: str | None = "input_layernorm"
+    mlp: str | None = "post_attention_layernorm"
     after_attention: str | None = None
     after_mlp: str | None = None
 
@@ -80,6 +80,7 @@ class DecoderConfig:
     fused_gate_up: bool = False  # and one of gate and up
     interleaved_rope: bool = False  # what is rotated together lies side by side in checkpoints
     qk_norm: bool = False
+    wide_qk_norm: bool = False  # one norm over all heads of q, one over those of k
     norm_offset: float = 0.0  # added to every norm weight of a Hugging Face checkpoint
     norms: NormNames = NormNames()
     embedding_scale: float = 1.0

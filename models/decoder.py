@@ -20,7 +20,9 @@ class Block:
     def __init__(
         self, config: DecoderConfig, layer: LayerConfig, source: WeightSource, prefix: str
     ) -> None:
-        def norm(name: str) -> Tensor:
+        def norm(name: str | None) -> Tensor | None:
+            if name is None:
+                return None
             return source.norm(f"{prefix}.{name}.weight", config.hidden_size, config.norm_offset)
 
         self.eps = config.norm_eps
@@ -30,8 +32,8 @@ class Block:
         self.attention = Attention(config, layer, source, f"{prefix}.self_attn")
         self.mlp = GatedMLP(config, source, f"{prefix}.mlp")
         self.mlp_norm = norm(names.mlp)
-        self.post_attention_norm = norm(names.after_attention) if names.after_attention else None
-        self.post_mlp_norm = norm(names.after_mlp) if names.after_mlp else None
+        self.post_attention_norm = norm(names.after_attention)
+        self.post_mlp_norm = norm(names.after_mlp)
 
     def __call__(
         self,

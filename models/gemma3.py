@@ -2,21 +2,13 @@
 with their own rope before each global one."""
 
 from squall.models import gemma2
-from squall.models.common import read_activation, read_heads, read_rope, read_windows
-from squall.models.config import ConfigReader, DecoderConfig, LayerConfig
-
-_GLOBAL_EVERY = 6  # sliding_window_pattern when config.json has neither it nor layer_types
-
-
-def _read_layers(reader: ConfigReader) -> tuple[LayerConfig, ...]:
-    count = reader.get_int("num_hidden_layers")
-    if reader.has("layer_types"):
-        windows = read_windows(reader, count, default_sliding=False)
-    else:
-        pattern = reader.get_int("sliding_window_pattern", _GLOBAL_EVERY)
-        window = reader.get_int("sliding_window", 4096)
-        windows = tuple(window if (i + 1) % pattern else 0 for i in range(count))
-    return tuple(LayerConfig(window, rope=1 if window else 0) for window in windows)
+from squall.models.common import (
+    read_activation,
+    read_alternating_layers,
+    read_heads,
+    read_rope,
+)
+from squall.models.config import ConfigReader, DecoderConfig
 
 
 def read_config(reader: ConfigReader) -> DecoderConfig:
@@ -26,7 +18,7 @@ def read_config(reader: ConfigReader) -> DecoderConfig:
     return DecoderConfig(
         **heads,
         norm_eps=reader.get_float("rms_norm_eps", 1e-6),
-        layers=_read_layers(reader),
+        layers=read_alternating_layers(reader, reader.get_int("sliding_window_pattern", 6)),
         ropes=(
             read_rope(reader, head_dim, "full_attention"),
             read_rope(reader, head_dim, "sliding_attention"),

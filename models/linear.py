@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.weight import Weight, merge
 
 
@@ -29,9 +30,13 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         return self.weight.linear(x, self.bias, self.dtype)
 
-    def of_norm(self, stream: Tensor, norm: Tensor, eps: float, activation: str = "none") -> Tensor:
-        """The projection of the RMS norm of the float32 ``stream``; ``activation`` as
-        ``Weight.norm_linear`` takes it."""
+    def of_norm(
+        self, stream: Tensor, norm: Tensor | None, eps: float, activation: str = "none"
+    ) -> Tensor:
+        """The projection of the RMS norm of the float32 ``stream``, or without ``norm`` of the
+        stream itself; ``activation`` as ``Weight.norm_linear`` takes it."""
+        if norm is None:
+            return ACTIVATIONS[activation](self(stream.to(self.dtype)))
         return self.weight.norm_linear(stream, norm, eps, self.bias, activation, self.dtype)
 
     def add_to(self, stream: Tensor, x: Tensor) -> None:

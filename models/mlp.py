@@ -19,6 +19,6 @@ class GatedMLP:
         self.down = read_linear(source, [f"{prefix}.down_proj"], [hidden], inner, bias)
         self.activation = config.activation
 
-    def inner(self, stream: Tensor, norm: Tensor, eps: float) -> Tensor:
+    def inner(self, stream: Tensor, norm: Tensor | None, eps: float) -> Tensor:
         """What goes into ``down``: ``[T, hidden]`` float32 -> ``[T, intermediate]``."""
         return self.gate_up.of_norm(stream, norm, eps, self.activation)

@@ -107,6 +107,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5": ("Ernie4_5", {"use_bias": True, "head_dim": 12}),
     "glm": ("Glm", {"head_dim": 16, "attention_bias": True}),
     "glm4": ("Glm4", {"head_dim": 16, "attention_bias": True}),
+    "olmo2": ("Olmo2", {}),
+    "olmo2-biases": ("Olmo2", {"attention_bias": True, "head_dim": 12}),
+    "olmo3": (
+        "Olmo3",
+        {
+            "sliding_window": 8,
+            "num_hidden_layers": 5,
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            },
+        },
+    ),
     "phi3": ("Phi3", {}),
     "phi3-window-partial": (
         "Phi3",

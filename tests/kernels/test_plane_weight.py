@@ -131,8 +131,17 @@ def test_rows(name: str) -> None:
         assert torch.equal(got, dequantize(weight.planes)[ids.long()].half())
 
 
+def test_selected_rows() -> None:
+    ids = torch.tensor([5, 0, 23, 5])
+    for name in FORMATS:
+        weight = weight_of(name, 24, 512)
+        assert torch.equal(dequantize(weight.select(ids).planes), dequantize(weight.planes)[ids])
+
+
 def test_sizes_and_a_stack_is_no_embedding() -> None:
     stack = stack_of()
+    with pytest.raises(TypeError):
+        stack.select(torch.tensor([0]))
     assert (stack.out_features, stack.in_features) == (32, 512)
     assert stack.nbytes == sum(part.nbytes for part in stack.parts)
     with pytest.raises(TypeError):

@@ -185,7 +185,9 @@ def test_configs_are_read_by_the_models(tmp_path: Path, architecture: str) -> No
     assert (decoder.num_layers, decoder.num_heads, decoder.num_kv_heads) == (12, 4, 2)
     assert (decoder.head_dim, decoder.vocab_size, decoder.tie_embeddings) == (16, 50, True)
     assert decoder.attention_scale == pytest.approx(16**-0.5)
-    full = {"gemma2": 2, "gemma3": 6, "phi3": 13}.get(architecture, 1)  # each n-th layer sees all
+    full = {"gemma2": 2, "gemma3": 6, "olmo2": 4, "phi3": 13}.get(
+        architecture, 1
+    )  # each n-th layer sees all
     windows = [layer.window for layer in decoder.layers]
     assert windows == [0 if (i + 1) % full == 0 else 64 for i in range(12)]
 
