@@ -63,7 +63,7 @@ def _rms_norm_kernel(  # type: ignore[no-untyped-def]
 
 
 @functools.cache
-def _tile(dim: int) -> tuple[int, int, int]:
+def row_tile(dim: int) -> tuple[int, int, int]:
     """Columns, rows and warps of one program for rows of ``dim`` elements."""
     assert 1 <= dim <= MAX_DIM, f"rows of {dim} elements; 1 to {MAX_DIM} are supported"
     block = next_power_of_2(dim)
@@ -78,7 +78,7 @@ def _launch(x: Tensor, weight: Tensor, eps: float, y: Tensor, add: bool) -> None
     if x.numel() == 0:
         return
     count, dim = x.shape
-    block, rows, warps = _tile(dim)
+    block, rows, warps = row_tile(dim)
     pdl = dependent_launch(x.device)
     _rms_norm_kernel[((count + rows - 1) // rows,)](
         x, weight, y, count, x.stride(0), y.stride(0), eps, dim, block, rows, add, bool(pdl),

@@ -12,6 +12,7 @@ from squall.kernels.attention.rope_store import rope_store_kv
 from squall.kernels.rmsnorm import rms_norm
 from squall.models.batch import Batch
 from squall.models.config import DecoderConfig, LayerConfig
+from squall.models.norm import Norm
 from squall.models.rope import halves_first
 from squall.models.weights import WeightSource, read_linear
 
@@ -68,7 +69,7 @@ class Attention:
     def mixed(
         self,
         stream: Tensor,
-        norm: Tensor | None,
+        norm: Norm | None,
         batch: Batch,
         cache: tuple[Tensor, Tensor],
         rope: Tensor,

@@ -76,11 +76,15 @@ class DecoderConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    parallel: bool = False  # attention and MLP read the same stream
+    plain_mlp: tuple[str, str] | None = None  # an MLP without gate: names of its two projections
     fused_qkv: bool = False  # checkpoints have one tensor of q, k and v
     fused_gate_up: bool = False  # and one of gate and up
     interleaved_rope: bool = False  # what is rotated together lies side by side in checkpoints
     qk_norm: bool = False
     wide_qk_norm: bool = False  # one norm over all heads of q, one over those of k
+    layer_norm: bool = False  # layer norms instead of RMS norms
+    norm_bias: bool = False  # of layer norms
     norm_offset: float = 0.0  # added to every norm weight of a Hugging Face checkpoint
     norms: NormNames = NormNames()
     embedding_scale: float = 1.0

@@ -3,15 +3,17 @@
 import torch
 from torch import Tensor
 
+from squall.kernels.layernorm import layer_norm
 from squall.kernels.rmsnorm import rms_norm_add
 from squall.kernels.weight import Weight
 from squall.models.attention import Attend, Attention
 from squall.models.batch import Batch, KVCache
 from squall.models.config import DecoderConfig, LayerConfig
 from squall.models.linear import Linear
-from squall.models.mlp import GatedMLP
+from squall.models.mlp import GatedMLP, PlainMLP
+from squall.models.norm import LayerNorm, Norm
 from squall.models.rope import rope_table
-from squall.models.weights import WeightSource
+from squall.models.weights import WeightSource, read_norm
 
 
 class Block:
@@ -20,17 +22,17 @@ class Block:
     def __init__(
         self, config: DecoderConfig, layer: LayerConfig, source: WeightSource, prefix: str
     ) -> None:
-        def norm(name: str | None) -> Tensor | None:
-            if name is None:
-                return None
-            return source.norm(f"{prefix}.{name}.weight", config.hidden_size, config.norm_offset)
+        def norm(name: str | None) -> Norm | None:
+            return None if name is None else read_norm(source, config, f"{prefix}.{name}")
 
         self.eps = config.norm_eps
         self.rope = layer.rope
         names = config.norms
         self.input_norm = norm(names.attention)
         self.attention = Attention(config, layer, source, f"{prefix}.self_attn")
-        self.mlp = GatedMLP(config, source, f"{prefix}.mlp")
+        mlp = PlainMLP if config.plain_mlp else GatedMLP
+        self.mlp: GatedMLP | PlainMLP = mlp(config, source, f"{prefix}.mlp")
+        self.parallel = config.parallel
         self.mlp_norm = norm(names.mlp)
         self.post_attention_norm = norm(names.after_attention)
         self.post_mlp_norm = norm(names.after_mlp)
@@ -48,15 +50,19 @@ class Block:
         mixed = self.attention.mixed(stream, self.input_norm, batch, cache, rope)
         if rows is not None:
             mixed, stream = mixed.index_select(0, rows), stream.index_select(0, rows)
+        if self.parallel:
+            inner = self.mlp.inner(stream, self.mlp_norm, self.eps)
         self._add(self.attention.out, mixed, self.post_attention_norm, stream)
-        inner = self.mlp.inner(stream, self.mlp_norm, self.eps)
+        if not self.parallel:
+            inner = self.mlp.inner(stream, self.mlp_norm, self.eps)
         self._add(self.mlp.down, inner, self.post_mlp_norm, stream)
         return stream
 
-    def _add(self, projection: Linear, x: Tensor, norm: Tensor | None, stream: Tensor) -> None:
+    def _add(self, projection: Linear, x: Tensor, norm: Norm | None, stream: Tensor) -> None:
         if norm is None:
             projection.add_to(stream, x)
         else:
+            assert isinstance(norm, Tensor), "layer norms behind attention and MLP"
             rms_norm_add(projection(x), norm, self.eps, stream)
 
 
@@ -76,8 +82,8 @@ class Decoder:
             Block(config, layer, source, f"model.layers.{i}")
             for i, layer in enumerate(config.layers)
         ]
-        norm = source.norm("model.norm.weight", config.hidden_size, config.norm_offset)
-        self.norm = norm * config.logit_scale
+        norm, scale = read_norm(source, config, "model.norm"), config.logit_scale
+        self.norm: Norm = norm * scale if isinstance(norm, Tensor) else norm.scaled(scale)
         self.head = (
             self.embedding if config.tie_embeddings else source.matrix("lm_head.weight", *shape)
         )
@@ -94,12 +100,7 @@ class Decoder:
         linears = [
             linear.nbytes
             for block in self.blocks
-            for linear in (
-                block.attention.qkv,
-                block.attention.out,
-                block.mlp.gate_up,
-                block.mlp.down,
-            )
+            for linear in (block.attention.qkv, block.attention.out, *block.mlp.linears)
         ]
         head = 0 if self.head is self.embedding else self.head.nbytes
         return sum(linears) + self.embedding.nbytes + head
@@ -126,6 +127,10 @@ class Decoder:
     def logits(self, stream: Tensor) -> Tensor:
         """Final norm and head: ``[L, hidden] -> [L, vocab]``, float32."""
         config, f32 = self.config, torch.float32
-        logits = self.head.norm_linear(stream, self.norm, config.norm_eps, None, "none", f32)
+        if isinstance(self.norm, LayerNorm):
+            x = layer_norm(stream, self.norm.weight, self.norm.bias, config.norm_eps, self.dtype)
+            logits = self.head.linear(x, None, f32)
+        else:
+            logits = self.head.norm_linear(stream, self.norm, config.norm_eps, None, "none", f32)
         cap = config.logit_softcap
         return torch.tanh(logits / cap) * cap if cap else logits

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from squall.kernels.activation import ACTIVATIONS
+from squall.kernels.layernorm import layer_norm
 from squall.kernels.weight import Weight, merge
+from squall.models.norm import LayerNorm, Norm
 
 
 class Linear:
@@ -31,12 +33,15 @@ class Linear:
         return self.weight.linear(x, self.bias, self.dtype)
 
     def of_norm(
-        self, stream: Tensor, norm: Tensor | None, eps: float, activation: str = "none"
+        self, stream: Tensor, norm: Norm | None, eps: float, activation: str = "none"
     ) -> Tensor:
-        """The projection of the RMS norm of the float32 ``stream``, or without ``norm`` of the
-        stream itself; ``activation`` as ``Weight.norm_linear`` takes it."""
+        """The projection of the norm of the float32 ``stream``, or without ``norm`` of the stream
+        itself; ``activation`` as ``Weight.norm_linear`` takes it."""
         if norm is None:
             return ACTIVATIONS[activation](self(stream.to(self.dtype)))
+        if isinstance(norm, LayerNorm):
+            x = layer_norm(stream, norm.weight, norm.bias, eps, self.dtype)
+            return ACTIVATIONS[activation](self(x))
         return self.weight.norm_linear(stream, norm, eps, self.bias, activation, self.dtype)
 
     def add_to(self, stream: Tensor, x: Tensor) -> None:

@@ -4,12 +4,13 @@ from squall.models.common import read_activation, read_heads, read_layers, read_
 from squall.models.config import ConfigReader, DecoderConfig
 
 
-def read_config(reader: ConfigReader) -> DecoderConfig:
+def read_config(reader: ConfigReader, eps: str = "rms_norm_eps") -> DecoderConfig:
+    """``eps``: the key of the norms' epsilon."""
     heads = read_heads(reader)
     attention_bias = reader.get_bool("attention_bias", False)
     return DecoderConfig(
         **heads,
-        norm_eps=reader.get_float("rms_norm_eps", 1e-6),
+        norm_eps=reader.get_float(eps, 1e-6 if eps == "rms_norm_eps" else 1e-5),
         layers=read_layers(reader, default_sliding=False),
         ropes=(read_rope(reader, heads["head_dim"]),),
         tie_embeddings=reader.get_bool("tie_word_embeddings", False),

@@ -7,5 +7,6 @@ from squall.models.common import read_layers
 from squall.models.config import ConfigReader, DecoderConfig
 
 
-def read_config(reader: ConfigReader) -> DecoderConfig:
-    return replace(llama.read_config(reader), layers=read_layers(reader, default_sliding=True))
+def read_config(reader: ConfigReader, eps: str = "rms_norm_eps") -> DecoderConfig:
+    """``eps`` as in ``llama``."""
+    return replace(llama.read_config(reader, eps), layers=read_layers(reader, default_sliding=True))

@@ -1,8 +1,11 @@
-"""The dense gated MLP."""
+"""The dense MLPs, with gate and without."""
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from squall.models.config import DecoderConfig
+from squall.models.linear import Linear
+from squall.models.norm import Norm
 from squall.models.weights import WeightSource, read_linear
 
 
@@ -19,6 +22,30 @@ class GatedMLP:
         self.down = read_linear(source, [f"{prefix}.down_proj"], [hidden], inner, bias)
         self.activation = config.activation
 
-    def inner(self, stream: Tensor, norm: Tensor | None, eps: float) -> Tensor:
+    def inner(self, stream: Tensor, norm: Norm | None, eps: float) -> Tensor:
         """What goes into ``down``: ``[T, hidden]`` float32 -> ``[T, intermediate]``."""
         return self.gate_up.of_norm(stream, norm, eps, self.activation)
+
+    @property
+    def linears(self) -> tuple[Linear, Linear]:
+        return self.gate_up, self.down
+
+
+class PlainMLP:
+    """``down(gelu_tanh(up(x)))`` of ``x``, the norm of the stream."""
+
+    def __init__(self, config: DecoderConfig, source: WeightSource, prefix: str) -> None:
+        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        assert config.plain_mlp is not None
+        assert config.activation == "gelu_tanh", config.activation
+        up, down = (f"{prefix}.{name}" for name in config.plain_mlp)
+        self.up = read_linear(source, [up], [inner], hidden, bias)
+        self.down = read_linear(source, [down], [hidden], inner, bias)
+
+    def inner(self, stream: Tensor, norm: Norm | None, eps: float) -> Tensor:
+        """What goes into ``down``: ``[T, hidden]`` float32 -> ``[T, intermediate]``."""
+        return F.gelu(self.up.of_norm(stream, norm, eps), approximate="tanh")
+
+    @property
+    def linears(self) -> tuple[Linear, Linear]:
+        return self.up, self.down

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from squall.kernels.weight import DenseWeight, Weight
+from squall.models.config import DecoderConfig
 from squall.models.linear import Linear
+from squall.models.norm import LayerNorm, Norm
 
 
 class WeightSource(Protocol):
@@ -56,6 +58,16 @@ def read_linear(
         vector = source.vector(f"{name}.bias", out)
         biases.append(vector if order is None else vector[order])
     return Linear(weights, source.dtype, torch.cat(biases))
+
+
+def read_norm(source: WeightSource, config: DecoderConfig, name: str) -> Norm:
+    """A norm over the hidden size; ``name`` is that of the module."""
+    weight = source.norm(f"{name}.weight", config.hidden_size, config.norm_offset)
+    if not config.layer_norm:
+        return weight
+    biased = config.norm_bias
+    bias = source.vector(f"{name}.bias", config.hidden_size).float() if biased else None
+    return LayerNorm(weight, bias)
 
 
 class RandomWeights:

@@ -120,6 +120,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "stablelm": (
+        "StableLm",
+        {"use_qkv_bias": True, "num_attention_heads": 3, "num_key_value_heads": 3},
+    ),
+    "stablelm-parallel": (
+        "StableLm",
+        {"use_parallel_residual": True, "num_attention_heads": 3, "num_key_value_heads": 3},
+    ),
+    "cohere": ("Cohere", {"logit_scale": 0.5, "tie_word_embeddings": True}),
+    "cohere2": (
+        "Cohere2",
+        {"num_hidden_layers": 5, "sliding_window": 8, "tie_word_embeddings": True},
+    ),
+    "starcoder2": ("Starcoder2", {"sliding_window": 9, "tie_word_embeddings": True}),
+    "starcoder2-no-biases": ("Starcoder2", {"use_bias": False, "sliding_window": None}),
     "phi3": ("Phi3", {}),
     "phi3-window-partial": (
         "Phi3",

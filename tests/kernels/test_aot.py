@@ -19,6 +19,7 @@ SCRIPT = Path(__file__).parent / "aot_compile.py"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 KERNELS = {
     "_rms_norm_kernel",
+    "_layer_norm_kernel",
     "_gemv_kernel",
     "_skinny_kernel",
     "_gated_kernel",

@@ -189,9 +189,19 @@ def naive_plane_gemm_add(x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return ((stream + y).float(),)
 
 
+def naive_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    x = x.double()
+    x = x - x.mean(-1, keepdim=True)
+    y = x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+    return ((y if bias is None else y + bias).to(dtype),)
+
+
 NAIVE: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "squall::rms_norm": naive_rms_norm,
     "squall::rms_norm_add": naive_rms_norm_add,
+    "squall::layer_norm": naive_layer_norm,
     "squall::rope_store_kv": naive_rope_store_kv,
     "squall::plane_gemm": naive_plane_gemm,
     "squall::plane_gemm_pair": naive_plane_gemm_pair,
