@@ -30,6 +30,7 @@ class Architecture:
     fixed: Mapping[str, Any] = field(default_factory=dict)  # config entries no key speaks about
     extend: Callable[["_Source", dict[str, Any]], dict[str, Any]] | None = None
     partial_rotary: bool = False  # a part of each head may be rotated
+    epsilon: str = "rms_norm_eps"  # the config's key of the norms' epsilon
 
 
 class _Source:
@@ -66,6 +67,13 @@ class _Source:
         if not minimum <= value <= _SIZE_LIMIT:
             raise self.fail(suffix, f"{value} is not in [{minimum}, {_SIZE_LIMIT}]")
         return int(value)
+
+    def flag(self, suffix: str) -> bool:
+        """False where the file has no such key."""
+        value = self.file.metadata.get(self.key(suffix), False)
+        if not isinstance(value, bool):
+            raise self.fail(suffix, f"{value!r} is not true or false")
+        return value
 
     def positive(self, suffix: str, default: float | None = None) -> float:
         """A finite number above zero."""
@@ -104,7 +112,11 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
         **sizes,
         **_rope(source, sizes["head_dim"], architecture.partial_rotary),
         **_tensors_say(file),
-        "rms_norm_eps": source.positive("attention.layer_norm_rms_epsilon"),
+        architecture.epsilon: source.positive(
+            "attention.layer_norm_rms_epsilon"
+            if architecture.epsilon == "rms_norm_eps"
+            else "attention.layer_norm_epsilon"
+        ),
     }
     for key, entry in (("bos_token_id", "bos"), ("eos_token_id", "eos")):
         token = file.get_int(f"tokenizer.ggml.{entry}_token_id", None)
@@ -290,6 +302,29 @@ def _extend_phi3(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     return {"sliding_window": source.size("attention.sliding_window", 0, minimum=0) or None}
 
 
+def _extend_starcoder2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    return _extend_ernie4_5(source, config) | _extend_phi3(source, config)
+
+
+def _extend_stablelm(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "use_qkv_bias": config["attention_bias"],
+        "use_parallel_residual": source.flag("use_parallel_residual"),
+    }
+
+
+def _extend_command_r(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    return {"logit_scale": source.positive("logit_scale")}
+
+
+def _extend_cohere2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    sliding = _sliding_layers(source, config["num_hidden_layers"], period=4)
+    return _extend_command_r(source, config) | {
+        "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
+        "sliding_window": source.size("attention.sliding_window"),
+    }
+
+
 def _extend_gemma3(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     """Sliding layers, their rope base and the attention scale.
 
@@ -344,6 +379,35 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "olmo2": Architecture("Olmo2ForCausalLM", "olmo2", {"hidden_act": "silu"}, _extend_olmo2),
         "ernie4_5": Architecture(
             "Ernie4_5ForCausalLM", "ernie4_5", {"hidden_act": "silu"}, _extend_ernie4_5
+        ),
+        "stablelm": Architecture(
+            "StableLmForCausalLM",
+            "stablelm",
+            {"hidden_act": "silu"},
+            _extend_stablelm,
+            partial_rotary=True,
+            epsilon="layer_norm_eps",
+        ),
+        "starcoder2": Architecture(
+            "Starcoder2ForCausalLM",
+            "starcoder2",
+            {"hidden_act": "gelu_pytorch_tanh"},
+            _extend_starcoder2,
+            epsilon="norm_epsilon",
+        ),
+        "command-r": Architecture(
+            "CohereForCausalLM",
+            "cohere",
+            {"hidden_act": "silu"},
+            _extend_command_r,
+            epsilon="layer_norm_eps",
+        ),
+        "cohere2": Architecture(
+            "Cohere2ForCausalLM",
+            "cohere2",
+            {"hidden_act": "silu"},
+            _extend_cohere2,
+            epsilon="layer_norm_eps",
         ),
         "gemma": Architecture(
             "GemmaForCausalLM", "gemma", {"hidden_activation": "gelu_pytorch_tanh"}

@@ -35,6 +35,7 @@ _BLOCK = {
 }
 _FUSED = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
 _PARTS = {*(f"self_attn.{name}_proj" for name in "qkv"), "mlp.gate_proj", "mlp.up_proj"}
+_PARALLEL = {k: v for k, v in _BLOCK.items() if k != "post_attention_layernorm"}
 _QK_NORM = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 _GEMMA_NORMS = {
     "post_attention_layernorm": "post_attention_norm",
@@ -122,6 +123,13 @@ NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
                 "post_feedforward_layernorm": "post_ffw_norm",
             }
         ),
+        "stablelm": NameMap(block=_BLOCK),
+        "starcoder2": NameMap(
+            block={k: v for k, v in _BLOCK.items() if not k.startswith("mlp.")}
+            | {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+        ),
+        "command-r": NameMap(_PARALLEL, _TIED_OUTER),
+        "cohere2": NameMap(_PARALLEL, _TIED_OUTER),
         "gemma": NameMap(_BLOCK, _TIED_OUTER, norm_shift=1.0),
         "gemma2": NameMap(_BLOCK | _GEMMA_NORMS, _TIED_OUTER, norm_shift=1.0),
         "gemma3": NameMap(block=_BLOCK | _QK_NORM | _GEMMA_NORMS, norm_shift=1.0),

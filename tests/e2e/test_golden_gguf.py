@@ -27,6 +27,7 @@ Keys = dict[str, Any]
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 WHOLE_BLOCKS = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 96}
+_TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}  # of any hidden size
 # What llama.cpp has in its code and not in the file.
 _NO_ROPE_EVERY = {"num_hidden_layers": 4, "no_rope_layer_interval": 4}
 
@@ -85,6 +86,21 @@ def _gemma2(config: Config) -> Keys:
     }
 
 
+def _stablelm(config: Config) -> Keys:
+    return _partial(config) | {"use_parallel_residual": config.use_parallel_residual}
+
+
+def _starcoder2(config: Config) -> Keys:
+    return _rope(config) | {"attention.sliding_window": config.sliding_window}
+
+
+def _cohere(config: Config) -> Keys:
+    keys = _rope(config) | {"logit_scale": config.logit_scale}
+    if window := getattr(config, "sliding_window", None):
+        keys["attention.sliding_window"] = window
+    return keys
+
+
 def _olmo3(config: Config) -> Keys:
     window = {"attention.sliding_window": config.sliding_window}
     return _scaled(config.rope_parameters["full_attention"]) | window
@@ -107,6 +123,10 @@ def _gemma3(config: Config) -> Keys:
     return keys
 
 
+_EPSILONS = {
+    "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", "norm_epsilon"),
+}
 _PERMUTED, _SHIFTED = {"llama", "granite", "smollm3"}, {"gemma", "gemma2", "gemma3"}
 # By case of the table of safetensors models: the GGUF architecture, its keys, and what must be
 # another value because the file does not say it.
@@ -124,6 +144,12 @@ ROWS: dict[str, tuple[str, Callable[[Config], Keys], dict[str, Any]]] = {
     "glm4": ("glm4", _partial, {}),
     "olmo2": ("olmo2", _rope, {}),
     "olmo3": ("olmo2", _olmo3, {}),
+    "stablelm": ("stablelm", _partial, _TWO_HEADS),
+    "stablelm-parallel": ("stablelm", _stablelm, _TWO_HEADS),
+    "starcoder2": ("starcoder2", _starcoder2, {}),
+    "starcoder2-no-biases": ("starcoder2", _rope, {}),
+    "cohere": ("command-r", _cohere, {}),
+    "cohere2": ("cohere2", _cohere, {}),
     "phi3": ("phi3", _phi3, {}),
     "phi3-window-partial": ("phi3", _phi3, {}),
     "phi3-longrope": ("phi3", _phi3, {}),
@@ -186,11 +212,19 @@ def write_gguf(
         "attention.head_count_kv": config.num_key_value_heads,
         "attention.key_length": _head_dim(config),
         "attention.value_length": _head_dim(config),
-        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
     }
+    for key, names in _EPSILONS.items():
+        for name in names:
+            if hasattr(config, name):
+                sizes[key] = getattr(config, name)
     writer = gguf.GGUFWriter(path, architecture)
     for suffix, value in (sizes | keys).items():
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+        }
         add[type(value)](f"{architecture}.{suffix}", value)
     writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(SIZES["vocab_size"])])
     for name, tensor in _tensors(model, architecture).items():

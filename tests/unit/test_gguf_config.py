@@ -25,6 +25,8 @@ BASE: dict[str, Any] = {
     "attention.head_count": 4,
     "attention.head_count_kv": 2,
     "attention.layer_norm_rms_epsilon": 1e-6,
+    "attention.layer_norm_epsilon": 1e-5,
+    "logit_scale": 0.25,
 }
 ROPE_FACTORS = [1.0, 1.5, 2.0, 4.0, 8.0, 8.0, 8.0, 8.0]
 
@@ -177,6 +179,9 @@ def test_gemma3_attention_scale(tmp_path: Path) -> None:
     assert gguf_config(model(tmp_path, "gemma3", largest))["query_pre_attn_scalar"] == 64 // 4
 
 
+_FULL_EVERY = {"cohere2": 4, "gemma2": 2, "gemma3": 6, "olmo2": 4, "phi3": 13, "starcoder2": 13}
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_configs_are_read_by_the_models(tmp_path: Path, architecture: str) -> None:
     file = model(tmp_path, architecture, {"attention.sliding_window": 64})
@@ -185,9 +190,7 @@ def test_configs_are_read_by_the_models(tmp_path: Path, architecture: str) -> No
     assert (decoder.num_layers, decoder.num_heads, decoder.num_kv_heads) == (12, 4, 2)
     assert (decoder.head_dim, decoder.vocab_size, decoder.tie_embeddings) == (16, 50, True)
     assert decoder.attention_scale == pytest.approx(16**-0.5)
-    full = {"gemma2": 2, "gemma3": 6, "olmo2": 4, "phi3": 13}.get(
-        architecture, 1
-    )  # each n-th layer sees all
+    full = _FULL_EVERY.get(architecture, 1)  # each n-th layer sees all
     windows = [layer.window for layer in decoder.layers]
     assert windows == [0 if (i + 1) % full == 0 else 64 for i in range(12)]
 
