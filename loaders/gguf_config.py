@@ -370,6 +370,13 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "smollm3": Architecture(
             "SmolLM3ForCausalLM", "smollm3", {"hidden_act": "silu", "no_rope_layer_interval": 4}
         ),
+        "phi2": Architecture(
+            "PhiForCausalLM",
+            "phi",
+            {"hidden_act": "gelu_new"},
+            partial_rotary=True,
+            epsilon="layer_norm_eps",
+        ),
         "phi3": Architecture(
             "Phi3ForCausalLM", "phi3", {"hidden_act": "silu"}, _extend_phi3, partial_rotary=True
         ),

@@ -34,7 +34,8 @@ _BLOCK = {
     "mlp.down_proj": "ffn_down",
 }
 _FUSED = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
-_PARTS = {*(f"self_attn.{name}_proj" for name in "qkv"), "mlp.gate_proj", "mlp.up_proj"}
+_QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
+_PARTS = {*_QKV, "mlp.gate_proj", "mlp.up_proj"}
 _PARALLEL = {k: v for k, v in _BLOCK.items() if k != "post_attention_layernorm"}
 _QK_NORM = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 _GEMMA_NORMS = {
@@ -105,6 +106,15 @@ NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
         "qwen3": NameMap(block=_BLOCK | _QK_NORM),
         "granite": _LLAMA,
         "smollm3": _LLAMA,
+        "phi2": NameMap(
+            block={k: _BLOCK[k] for k in ("input_layernorm", *_QKV)}
+            | {"self_attn.dense": "attn_output", "mlp.fc1": "ffn_up", "mlp.fc2": "ffn_down"},
+            outer={
+                "model.embed_tokens": "token_embd",
+                "model.final_layernorm": "output_norm",
+                "lm_head": "output",
+            },
+        ),
         "phi3": NameMap(block={k: v for k, v in _BLOCK.items() if k not in _PARTS} | _FUSED),
         "glm4": NameMap(
             block={k: v for k, v in _BLOCK.items() if k not in ("mlp.gate_proj", "mlp.up_proj")}

@@ -43,7 +43,11 @@ class Attention:
         names = [f"{prefix}.{name}_proj" for name in names]
         self.qkv = read_linear(source, names, sizes, config.hidden_size, config.qkv_bias, orders)
         self.out = read_linear(
-            source, [f"{prefix}.o_proj"], [config.hidden_size], q_size, config.o_bias
+            source,
+            [f"{prefix}.{config.attention_out}"],
+            [config.hidden_size],
+            q_size,
+            config.o_bias,
         )
         self.q_norm: Tensor | None = None
         self.k_norm: Tensor | None = None

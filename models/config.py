@@ -78,6 +78,9 @@ class DecoderConfig:
     mlp_bias: bool = False
     parallel: bool = False  # attention and MLP read the same stream
     plain_mlp: tuple[str, str] | None = None  # an MLP without gate: names of its two projections
+    attention_out: str = "o_proj"  # its name in checkpoints
+    final_norm: str = "model.norm"
+    head_bias: bool = False
     fused_qkv: bool = False  # checkpoints have one tensor of q, k and v
     fused_gate_up: bool = False  # and one of gate and up
     interleaved_rope: bool = False  # what is rotated together lies side by side in checkpoints

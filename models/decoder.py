@@ -82,11 +82,14 @@ class Decoder:
             Block(config, layer, source, f"model.layers.{i}")
             for i, layer in enumerate(config.layers)
         ]
-        norm, scale = read_norm(source, config, "model.norm"), config.logit_scale
+        norm, scale = read_norm(source, config, config.final_norm), config.logit_scale
         self.norm: Norm = norm * scale if isinstance(norm, Tensor) else norm.scaled(scale)
         self.head = (
             self.embedding if config.tie_embeddings else source.matrix("lm_head.weight", *shape)
         )
+        self.head_bias: Tensor | None = None
+        if config.head_bias:
+            self.head_bias = source.vector("lm_head.bias", config.vocab_size)
         self.ropes = [rope_table(rope, max_len, source.device) for rope in config.ropes]
 
     def use_attention(self, attend: Attend) -> None:
@@ -129,8 +132,9 @@ class Decoder:
         config, f32 = self.config, torch.float32
         if isinstance(self.norm, LayerNorm):
             x = layer_norm(stream, self.norm.weight, self.norm.bias, config.norm_eps, self.dtype)
-            logits = self.head.linear(x, None, f32)
+            logits = self.head.linear(x, self.head_bias, f32)
         else:
-            logits = self.head.norm_linear(stream, self.norm, config.norm_eps, None, "none", f32)
+            norm = self.norm, config.norm_eps
+            logits = self.head.norm_linear(stream, *norm, self.head_bias, "none", f32)
         cap = config.logit_softcap
         return torch.tanh(logits / cap) * cap if cap else logits

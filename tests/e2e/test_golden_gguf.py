@@ -150,6 +150,7 @@ ROWS: dict[str, tuple[str, Callable[[Config], Keys], dict[str, Any]]] = {
     "starcoder2-no-biases": ("starcoder2", _rope, {}),
     "cohere": ("command-r", _cohere, {}),
     "cohere2": ("cohere2", _cohere, {}),
+    "phi2": ("phi2", _partial, _TWO_HEADS),
     "phi3": ("phi3", _phi3, {}),
     "phi3-window-partial": ("phi3", _phi3, {}),
     "phi3-longrope": ("phi3", _phi3, {}),

@@ -135,6 +135,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "starcoder2": ("Starcoder2", {"sliding_window": 9, "tie_word_embeddings": True}),
     "starcoder2-no-biases": ("Starcoder2", {"use_bias": False, "sliding_window": None}),
+    "phi2": ("Phi", {"num_attention_heads": 3, "num_key_value_heads": 3}),
     "phi3": ("Phi3", {}),
     "phi3-window-partial": (
         "Phi3",
