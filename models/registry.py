@@ -2,43 +2,52 @@
 
 import difflib
 from importlib import import_module
+from typing import NamedTuple
 
 from squall.models.config import ConfigReader, DecoderConfig
 
-ARCHITECTURES: dict[str, str] = {
-    "Cohere2ForCausalLM": "cohere2",
-    "CohereForCausalLM": "cohere",
-    "Ernie4_5ForCausalLM": "ernie4_5",
-    "Gemma2ForCausalLM": "gemma2",
-    "Gemma3ForCausalLM": "gemma3",
-    "GemmaForCausalLM": "gemma",
-    "Glm4ForCausalLM": "glm4",
-    "GlmForCausalLM": "glm",
-    "GraniteForCausalLM": "granite",
-    "LlamaForCausalLM": "llama",
-    "MinistralForCausalLM": "mistral",
-    "MistralForCausalLM": "mistral",
-    "Olmo2ForCausalLM": "olmo2",
-    "Olmo3ForCausalLM": "olmo3",
-    "Phi3ForCausalLM": "phi3",
-    "PhiForCausalLM": "phi",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "SmolLM3ForCausalLM": "smollm3",
-    "StableLmForCausalLM": "stablelm",
-    "Starcoder2ForCausalLM": "starcoder2",
+
+class Row(NamedTuple):
+    """``module`` reads the config; ``family`` is for people."""
+
+    module: str
+    family: str
+
+
+ARCHITECTURES: dict[str, Row] = {
+    "CohereForCausalLM": Row("cohere", "Command-R"),
+    "Cohere2ForCausalLM": Row("cohere2", "Command-R7B, Command A"),
+    "Ernie4_5ForCausalLM": Row("ernie4_5", "ERNIE 4.5 (dense)"),
+    "GemmaForCausalLM": Row("gemma", "Gemma"),
+    "Gemma2ForCausalLM": Row("gemma2", "Gemma 2"),
+    "Gemma3ForCausalLM": Row("gemma3", "Gemma 3 (text)"),
+    "GlmForCausalLM": Row("glm", "GLM-4 (2024)"),
+    "Glm4ForCausalLM": Row("glm4", "GLM-4 (0414)"),
+    "GraniteForCausalLM": Row("granite", "Granite"),
+    "LlamaForCausalLM": Row("llama", "Llama 2, 3; Falcon 3, SmolLM, R1 distillations"),
+    "MinistralForCausalLM": Row("mistral", "Ministral"),
+    "MistralForCausalLM": Row("mistral", "Mistral, Nemo"),
+    "Olmo2ForCausalLM": Row("olmo2", "OLMo 2"),
+    "Olmo3ForCausalLM": Row("olmo3", "OLMo 3"),
+    "PhiForCausalLM": Row("phi", "Phi 1, 1.5, 2"),
+    "Phi3ForCausalLM": Row("phi3", "Phi 3, 3.5, 4, 4 mini"),
+    "Qwen2ForCausalLM": Row("qwen2", "Qwen 2, 2.5; R1 distillations"),
+    "Qwen3ForCausalLM": Row("qwen3", "Qwen 3"),
+    "SmolLM3ForCausalLM": Row("smollm3", "SmolLM 3"),
+    "StableLmForCausalLM": Row("stablelm", "StableLM 2"),
+    "Starcoder2ForCausalLM": Row("starcoder2", "StarCoder 2"),
 }
 
 
 def read_config(architecture: str, reader: ConfigReader) -> DecoderConfig:
     """The decoder that ``architecture`` (a Hugging Face class name) and its config describe."""
-    module = ARCHITECTURES.get(architecture)
-    if module is None:
+    row = ARCHITECTURES.get(architecture)
+    if row is None:
         near = difflib.get_close_matches(architecture, ARCHITECTURES, 1, 0.5)
         hint = f"; nearest: {near[0]}" if near else ""
         known = ", ".join(ARCHITECTURES)
         raise reader.fail(
             "architectures", f"{architecture!r} is not supported{hint}; supported: {known}"
         )
-    config: DecoderConfig = import_module(f"squall.models.{module}").read_config(reader)
+    config: DecoderConfig = import_module(f"squall.models.{row.module}").read_config(reader)
     return config

@@ -1,4 +1,4 @@
-"""The ``squall`` command: ``run``, ``serve`` and ``doctor``.
+"""The ``squall`` command: ``run``, ``serve``, ``models`` and ``doctor``.
 
 Nothing heavy is imported before the command line has been understood, so ``--help`` and mistakes
 answer at once. Exit codes: 0 done, 1 failed, 2 the command line cannot be followed, 130 Ctrl-C.
@@ -54,6 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
     _add_run(commands)
     _add_serve(commands)
+    models = commands.add_parser(
+        "models",
+        help="list the architectures that can be run",
+        description="List the architectures that can be run, and what they are called in files.",
+    )
+    models.add_argument("--json", action="store_true", help="print one JSON list")
+    models.add_argument("--debug", action="store_true", help="tracebacks with errors")
+    models.set_defaults(function=_models)
     doctor = commands.add_parser(
         "doctor",
         help="check this machine: what is missing, and what mends it",
@@ -322,6 +330,12 @@ def _serve(args: argparse.Namespace) -> int:
         shutdown_timeout=args.shutdown_timeout,
     )
     return serve(loader(options, make_progress()), where, started=began)
+
+
+def _models(args: argparse.Namespace) -> int:
+    from squall.model_list import models
+
+    return models(as_json=args.json)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -53,7 +53,7 @@ def options(prompt: str | None = "hi", **given: Any) -> RunOptions:
     ("args", "message"),
     [
         ((), "required: COMMAND"),
-        (("fly",), "invalid choice: 'fly' (choose from 'run', 'serve', 'doctor')"),
+        (("fly",), "invalid choice: 'fly' (choose from 'run', 'serve', 'models', 'doctor')"),
         (("run", "--bogus"), "unrecognized arguments: --bogus"),
         (("run", "--max-tok", "3"), "unrecognized arguments: --max-tok"),
         (("run", "-p"), "-p/--prompt: expected one argument"),
