@@ -52,8 +52,9 @@ class Block:
             mixed, stream = mixed.index_select(0, rows), stream.index_select(0, rows)
         if self.parallel:
             inner = self.mlp.inner(stream, self.mlp_norm, self.eps)
-        self._add(self.attention.out, mixed, self.post_attention_norm, stream)
-        if not self.parallel:
+            self._add(self.attention.out, mixed, self.post_attention_norm, stream)
+        else:
+            self._add(self.attention.out, mixed, self.post_attention_norm, stream)
             inner = self.mlp.inner(stream, self.mlp_norm, self.eps)
         self._add(self.mlp.down, inner, self.post_mlp_norm, stream)
         return stream

@@ -9,4 +9,4 @@ from squall.models.config import ConfigReader, DecoderConfig
 
 def read_config(reader: ConfigReader) -> DecoderConfig:
     config = llama.read_config(reader)
-    return replace(config, o_bias=False, fused_gate_up=True, interleaved_rope=True)
+    return replace(config, o_bias=False, fused_gate_up=True, interleaved_rope=True, wide_range=True)
