@@ -92,7 +92,10 @@ def test_weights_that_do_not_fit(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["LlamaForCausalLN"]}, "nearest: LlamaForCausalLM; supported: Gemma3"),
+        (
+            {"architectures": ["LlamaForCausalLN"]},
+            "nearest: LlamaForCausalLM; supported: CohereFor",
+        ),
         ({"architectures": ["A", "B"]}, "exactly one entry"),
         ({"num_key_value_heads": 3}, "3 does not divide 2 heads"),
         ({"hidden_act": "relu6"}, "'relu6' is not known; accepted: silu"),
