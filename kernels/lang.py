@@ -83,6 +83,7 @@ def wait_for_last(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """With programmatic dependent launch: let the next kernel come, and wait for the last."""
     let_next_come(PDL)
     wait_for_last(PDL)
 

@@ -294,16 +294,18 @@ def _extend_olmo2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _extend_ernie4_5(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+def _extend_biased(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    """One switch for all biases."""
     return {"use_bias": config["attention_bias"]}
 
 
-def _extend_phi3(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+def _extend_windowed(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    """All layers with a window, or none."""
     return {"sliding_window": source.size("attention.sliding_window", 0, minimum=0) or None}
 
 
 def _extend_starcoder2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
-    return _extend_ernie4_5(source, config) | _extend_phi3(source, config)
+    return _extend_biased(source, config) | _extend_windowed(source, config)
 
 
 def _extend_stablelm(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
@@ -378,14 +380,14 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             epsilon="layer_norm_eps",
         ),
         "phi3": Architecture(
-            "Phi3ForCausalLM", "phi3", {"hidden_act": "silu"}, _extend_phi3, partial_rotary=True
+            "Phi3ForCausalLM", "phi3", {"hidden_act": "silu"}, _extend_windowed, partial_rotary=True
         ),
         "glm4": Architecture(
             "Glm4ForCausalLM", "glm4", {"hidden_act": "silu"}, partial_rotary=True
         ),
         "olmo2": Architecture("Olmo2ForCausalLM", "olmo2", {"hidden_act": "silu"}, _extend_olmo2),
         "ernie4_5": Architecture(
-            "Ernie4_5ForCausalLM", "ernie4_5", {"hidden_act": "silu"}, _extend_ernie4_5
+            "Ernie4_5ForCausalLM", "ernie4_5", {"hidden_act": "silu"}, _extend_biased
         ),
         "stablelm": Architecture(
             "StableLmForCausalLM",

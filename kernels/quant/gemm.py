@@ -18,9 +18,7 @@ leave float32 partial sums in a workspace; the last to arrive, found by a counte
 their order, so results are reproducible. It also sets the counter back to zero.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from itertools import cycle
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -40,21 +38,20 @@ from squall.kernels.quant.planes import (
     SUPER,
     Layout,
     Planes,
+    Tensors,
     dequantize,
     layout,
     padded,
     random_planes,
     tuning_key,
 )
-from squall.kernels.tuning import Config, Problem, Tunable, tuned
+from squall.kernels.tuning import Config, tuned
 
 MAX_ROWS = 256
 
-_Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # low, high, scales, supers
-
 
 def _product(
-    x: Tensor, planes: _Tensors, ggml_type: int, bias: Tensor | None, activation: str
+    x: Tensor, planes: Tensors, ggml_type: int, bias: Tensor | None, activation: str
 ) -> Tensor:
     weight = dequantize(Planes(gguf_formats()[ggml_type], x.shape[1], *planes))
     y = F.linear(x.float(), weight, None if bias is None else bias.float())
@@ -84,9 +81,10 @@ def plane_gemm_pair_reference(
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    parts = (first, first_type), (second, second_type)
-    y = torch.cat([_product(x, cast(_Tensors, p), kind, None, "none") for p, kind in parts], 1)
-    out.copy_(y if bias is None else y + bias.float())
+    left, right = Epilogue(out, bias).split_at(cast(Tensors, first)[0].shape[0])
+    for planes, kind, side in ((first, first_type, left), (second, second_type, right)):
+        tensors = cast(Tensors, planes)
+        plane_gemm_reference(x, *tensors, kind, side.bias, "none", side.out)
 
 
 def plane_gemm_add_reference(
@@ -188,9 +186,9 @@ def _check(x: Tensor, low: Tensor, plan: Layout, epilogue: Epilogue) -> None:
     assert x.stride(1) == out.stride(1) == 1, "rows must be dense"
 
 
-def _gemm(
+def gemm(
     x: Tensor,
-    planes: _Tensors,
+    planes: Tensors,
     ggml_type: int,
     epilogue: Epilogue,
     config: Config | None = None,
@@ -264,7 +262,7 @@ def plane_gemm_launcher(
     out: Tensor,
 ) -> None:
     assert activation in ACTIVATIONS, activation
-    _gemm(x, (low, high, scales, supers), ggml_type, Epilogue(out, bias, activation))
+    gemm(x, (low, high, scales, supers), ggml_type, Epilogue(out, bias, activation))
 
 
 def plane_gemm_pair_launcher(
@@ -278,9 +276,9 @@ def plane_gemm_pair_launcher(
 ) -> None:
     if not describable(x):
         x = x.clone(memory_format=torch.contiguous_format)
-    left, right = Epilogue(out, bias).split_at(cast(_Tensors, first)[0].shape[0])
-    kept = _gemm(x, cast(_Tensors, first), first_type, left, order="first")
-    _gemm(x, cast(_Tensors, second), second_type, right, order="second")
+    left, right = Epilogue(out, bias).split_at(cast(Tensors, first)[0].shape[0])
+    kept = gemm(x, cast(Tensors, first), first_type, left, order="first")
+    gemm(x, cast(Tensors, second), second_type, right, order="second")
     del kept
 
 
@@ -295,7 +293,7 @@ def plane_gemm_add_launcher(
     stream: Tensor,
 ) -> None:
     assert stream.dtype == torch.float32, f"stream {stream.dtype}"
-    _gemm(x, (low, high, scales, supers), ggml_type, Epilogue(stream, bias, add=True))
+    gemm(x, (low, high, scales, supers), ggml_type, Epilogue(stream, bias, add=True))
 
 
 def _fake(*_arguments: object) -> None:
@@ -329,9 +327,9 @@ _TYPES = {entry.name: entry for entry in gguf_formats().values() if entry.unpack
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def _moved(tensors: _Tensors, device: torch.device, copy: bool = False) -> _Tensors:
-    moved = (None if t is None else t.to(device, copy=copy) for t in tensors)
-    return cast(_Tensors, tuple(moved))
+def _moved(tensors: Tensors, device: torch.device) -> Tensors:
+    moved = (None if t is None else t.to(device) for t in tensors)
+    return cast(Tensors, tuple(moved))
 
 
 def _inputs(
@@ -432,41 +430,3 @@ def _cases() -> Iterator[Case]:
 
 
 CASES = tuple(_cases())
-
-
-def _runner(
-    ggml_type: int, n: int, k: int, rows: int, device: torch.device
-) -> Callable[[Config], None]:
-    """One product, of the kind that weights of this size are for (see ``_problems``)."""
-    entry, generator = gguf_formats()[ggml_type], torch.Generator(device).manual_seed(0)
-    planes = random_planes(entry, n, k, device, generator)
-    copies = 1 + (256 << 20) // planes.nbytes
-    tensors = cycle([_moved(planes.tensors, device, copy=True) for _ in range(copies)])
-    x = torch.randn((rows, k), device=device).half()
-    add, gated = n <= k, 4 * k <= n <= 65536
-    dtype = torch.float32 if add or n > 65536 else torch.float16
-    out = torch.zeros((rows, n // 2 if gated else n), dtype=dtype, device=device)
-    epilogue = Epilogue(out, None, "silu" if gated else "none", add)
-
-    def run(config: Config) -> None:
-        _gemm(x, next(tensors), ggml_type, epilogue, config)
-
-    return run
-
-
-def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
-    """The types of the usual files. What a weight is for follows from its size, as for
-    :mod:`squall.kernels.linear`: logits, the way back to the stream, gate and up, or the rest."""
-    for name in ("Q4_K", "Q6_K", "Q5_K", "Q8_0", "Q4_0"):
-        plan, kind = layout(_TYPES[name].ggml_type), _TYPES[name].ggml_type
-        for n, k in shapes:
-            width = padded(k)
-            for bucket in (16, 32, 64, 128, 256):
-                build = partial(_runner, kind, n, k, bucket)
-                tried = candidates(plan, bucket, n, width)
-                yield Problem(
-                    tuning_key(kind, n, width, bucket), int(n * width * plan.bits / 8), build, tried
-                )
-
-
-TUNABLE = Tunable("plane_gemm", _problems)

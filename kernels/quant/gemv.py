@@ -15,10 +15,7 @@ float32. Up to eight rows are possible, each of which reads all weights: this is
 for few rows of float32 models, which have no other fused product.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from functools import partial
-from itertools import cycle
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -34,17 +31,16 @@ from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.gemv_kernel import plane_gemv_kernel
 from squall.kernels.quant.planes import (
     Planes,
+    Tensors,
     dequantize,
     layout,
     padded,
     random_planes,
     tuning_key,
 )
-from squall.kernels.tuning import Config, Problem, Tunable, tuned
+from squall.kernels.tuning import Config, tuned
 
 MAX_ROWS = 8
-
-_Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # low, high, scales, supers
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -56,7 +52,7 @@ def rounded(x: Tensor) -> Tensor:
     return (x16 * scale).flatten(1)[:, :k]
 
 
-def _product(x: Tensor, planes: _Tensors, ggml_type: int, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, planes: Tensors, ggml_type: int, bias: Tensor | None) -> Tensor:
     weights = dequantize(Planes(gguf_formats()[ggml_type], x.shape[1], *planes))
     return F.linear(rounded(x), weights, None if bias is None else bias.float())
 
@@ -90,11 +86,10 @@ def plane_gemv_pair_reference(
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    if norm is not None:
-        x = F.rms_norm(x, norm.shape, norm, eps)
-    parts = (first, first_type), (second, second_type)
-    y = torch.cat([_product(x, cast(_Tensors, p), kind, None) for p, kind in parts], 1)
-    out.copy_(y if bias is None else y + bias.float())
+    left, right = Epilogue(out, bias).split_at(cast(Tensors, first)[0].shape[0])
+    for planes, kind, side in ((first, first_type, left), (second, second_type, right)):
+        tensors = cast(Tensors, planes)
+        plane_gemv_reference(x, norm, eps, *tensors, kind, side.bias, "none", side.out)
 
 
 def plane_gemv_add_reference(
@@ -154,11 +149,11 @@ def _check(x: Tensor, norm: Tensor | None, low: Tensor, bits: int, epilogue: Epi
     assert norm is None or (norm.shape == (k,) and norm.dtype == torch.float32), "norm"
 
 
-def _gemv(
+def gemv(
     x: Tensor,
     norm: Tensor | None,
     eps: float,
-    planes: _Tensors,
+    planes: Tensors,
     ggml_type: int,
     epilogue: Epilogue,
     config: Config | None = None,
@@ -226,7 +221,7 @@ def plane_gemv_launcher(
 ) -> None:
     assert activation in ACTIVATIONS, activation
     planes = (low, high, scales, supers)
-    _gemv(x, norm, eps, planes, ggml_type, Epilogue(out, bias, activation))
+    gemv(x, norm, eps, planes, ggml_type, Epilogue(out, bias, activation))
 
 
 def plane_gemv_pair_launcher(
@@ -240,9 +235,9 @@ def plane_gemv_pair_launcher(
     bias: Tensor | None,
     out: Tensor,
 ) -> None:
-    left, right = Epilogue(out, bias).split_at(cast(_Tensors, first)[0].shape[0])
-    _gemv(x, norm, eps, cast(_Tensors, first), first_type, left, order="first")
-    _gemv(x, norm, eps, cast(_Tensors, second), second_type, right, order="second")
+    left, right = Epilogue(out, bias).split_at(cast(Tensors, first)[0].shape[0])
+    gemv(x, norm, eps, cast(Tensors, first), first_type, left, order="first")
+    gemv(x, norm, eps, cast(Tensors, second), second_type, right, order="second")
 
 
 def plane_gemv_add_launcher(
@@ -257,7 +252,7 @@ def plane_gemv_add_launcher(
 ) -> None:
     assert stream.dtype == torch.float32, f"stream {stream.dtype}"
     planes = (low, high, scales, supers)
-    _gemv(x, None, 0.0, planes, ggml_type, Epilogue(stream, bias, add=True))
+    gemv(x, None, 0.0, planes, ggml_type, Epilogue(stream, bias, add=True))
 
 
 def _fake(*_arguments: object) -> None:
@@ -378,38 +373,3 @@ def _cases() -> Iterator[Case]:
 
 
 CASES = tuple(_cases())
-
-
-def _runner(ggml_type: int, n: int, k: int, device: torch.device) -> Callable[[Config], None]:
-    """One product, of the kind that weights of this size are for (see ``_problems``)."""
-    entry, generator = gguf_formats()[ggml_type], torch.Generator(device).manual_seed(0)
-    planes = random_planes(entry, n, k, device, generator)
-    copies = [replace(planes, low=planes.low.clone()) for _ in range((256 << 20) // planes.nbytes)]
-    weights = cycle([planes, *copies])
-    add, gated = n <= k, 4 * k <= n <= 65536
-    stream = torch.randn((1, k), device=device)
-    x, norm = (stream.bfloat16(), None) if add else (stream, torch.ones(k, device=device))
-    dtype = torch.float32 if add or n > 65536 else torch.bfloat16
-    out = torch.zeros((1, n // 2 if gated else n), dtype=dtype, device=device)
-    epilogue = Epilogue(out, None, "silu" if gated else "none", add)
-
-    def run(config: Config) -> None:
-        _gemv(x, norm, 1e-5, next(weights).tensors, ggml_type, epilogue, config)
-
-    return run
-
-
-def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
-    """The types of the usual files. What a weight is for follows from its size, as for
-    :mod:`squall.kernels.linear`: logits, the way back to the stream, gate and up, or the rest."""
-    for name in ("Q4_K", "Q6_K", "Q5_K", "Q8_0", "Q4_0"):
-        kind, bits = _TYPES[name].ggml_type, layout(_TYPES[name].ggml_type).bits
-        for n, k in shapes:
-            width = padded(k)
-            tried = tuple(candidates(width * layout(kind).low_bits // 128))
-            build = partial(_runner, kind, n, k)
-            key = tuning_key(kind, n, width, 1)
-            yield Problem(key, int(n * width * bits / 8), build, tried)
-
-
-TUNABLE = Tunable("plane_gemv", _problems)

@@ -111,12 +111,7 @@ class PlaneWeight:
 
     def select(self, ids: Tensor) -> "PlaneWeight":
         """The weight of rows ``ids`` (int64 [N])."""
-        picked = [None if t is None else t.index_select(0, ids) for t in self.planes.tensors]
-        low, high, scales, supers = picked
-        assert low is not None
-        assert scales is not None
-        planes = replace(self.planes, low=low, high=high, scales=scales, supers=supers)
-        return PlaneWeight(planes, self.dtype)
+        return PlaneWeight(self.planes.select(ids), self.dtype)
 
     def multiply(
         self,

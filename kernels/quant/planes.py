@@ -35,7 +35,7 @@ The 4- and 6-bit fields of the K formats are widened to bytes: 2.8% more memory 
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -105,6 +105,10 @@ def padded(in_features: int) -> int:
     return -(-in_features // SUPER) * SUPER
 
 
+Tensors = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
+"""low, high, scales, supers: the order in which operators take them."""
+
+
 @dataclass(frozen=True)
 class Planes:
     """One weight matrix ``[N, K]``; tensors as in the module's docstring, contiguous."""
@@ -129,9 +133,14 @@ class Planes:
         return sum(t.nbytes for t in self.tensors if t is not None)
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """low, high, scales, supers: the order in which operators take them."""
+    def tensors(self) -> Tensors:
         return self.low, self.high, self.scales, self.supers
+
+    def select(self, ids: Tensor) -> "Planes":
+        """Rows ``ids`` (int64 [N])."""
+        high = None if self.high is None else self.high[ids]
+        supers = None if self.supers is None else self.supers[ids]
+        return replace(self, low=self.low[ids], high=high, scales=self.scales[ids], supers=supers)
 
 
 def _empty(entry: QuantFormat, out_features: int, in_features: int, device: torch.device) -> Planes:

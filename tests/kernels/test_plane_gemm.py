@@ -73,7 +73,7 @@ def test_every_candidate_gives_the_same_product(name: str, bucket: int) -> None:
     for config in gemm.candidates(layout(entry.ggml_type), bucket, n, k):
         first, second = torch.full_like(want, torch.nan), torch.full_like(want, torch.nan)
         for out in (first, second):
-            gemm._gemm(x, planes.tensors, entry.ggml_type, Epilogue(out), config)
+            gemm.gemm(x, planes.tensors, entry.ggml_type, Epilogue(out), config)
         assert relative_error(first, want) <= ERROR_LIMITS[torch.float16], config
         assert torch.equal(first, second), config
         assert not counters(device).any(), config
