@@ -1,1 +1,0 @@
-../../squall/__init__.py

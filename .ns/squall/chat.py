@@ -1,1 +1,0 @@
-../../squall/chat.py

@@ -1,1 +1,0 @@
-../../squall/doctor.py

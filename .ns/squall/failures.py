@@ -1,1 +1,0 @@
-../../squall/failures.py
