@@ -51,13 +51,15 @@ class NameMap:
 
     ``block`` and ``outer`` map modules (names without ``.weight`` / ``.bias``), inside the layers
     and outside. ``permuted`` maps the block modules whose rows llama.cpp reorders for its
-    adjacent-pair rope to the config key with their number of heads. ``norm_shift`` is what the
+    adjacent-pair rope to the config key with their number of heads. ``experts`` maps the tensors of
+    a layer's experts to those that hold them, one below the other. ``norm_shift`` is what the
     converter added to every norm weight. ``consumed`` are tensors that are no parameters: the
     config carries what they say.
     """
 
     block: Mapping[str, str]
     outer: Mapping[str, str] = field(default_factory=lambda: _OUTER)
+    experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     permuted: Mapping[str, str] = field(default_factory=dict)
     norm_shift: float = 0.0
     consumed: frozenset[str] = frozenset(
@@ -74,6 +76,11 @@ class NameMap:
             return f"blk.{match['layer']}.{self.block[match['module']]}.{match['kind']}"
         module, _, kind = parameter.rpartition(".")
         return f"{self.outer[module]}.{kind}"
+
+    def expert_tensors(self, parameter: str) -> tuple[str, ...]:
+        """``model.layers.3.mlp.experts.{}.up_proj.weight`` -> ``blk.3.ffn_up_exps.weight``."""
+        _, _, layer, name = parameter.split(".", 3)
+        return tuple(f"blk.{layer}.{own}" for own in self.experts[name])
 
     def parameter_name(self, tensor: str) -> str | None:
         """The inverse of ``gguf_name``; None for a tensor that is no parameter."""

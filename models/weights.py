@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from squall.kernels.moe.stack import DenseStack, ExpertStack
 from squall.kernels.weight import DenseWeight, Weight
 from squall.models.config import DecoderConfig
 from squall.models.linear import Linear
@@ -35,6 +36,29 @@ class WeightSource(Protocol):
         ...
 
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight: ...
+
+    def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A small dense tensor, float32."""
+        ...
+
+    def experts(
+        self,
+        names: Sequence[str],
+        count: int,
+        rows: int,
+        in_features: int,
+        transposed: bool,
+        interleaved: bool,
+    ) -> ExpertStack:
+        """The tensors ``names`` of ``count`` experts, ``rows`` rows each, one below the other in
+        every expert. ``{}`` in a name stands for the number of an expert; without it the tensor is
+        ``[count, rows, in_features]``, in Hugging Face checkpoints ``[count, in_features, rows]``
+        if ``transposed``, and if ``interleaved`` with the rows of gate and up in turn."""
+        ...
+
+    def expert_bias(self, name: str, count: int, rows: int, interleaved: bool) -> Tensor:
+        """``[count, rows]`` in ``dtype``, gate before up."""
+        ...
 
 
 def read_linear(
@@ -90,3 +114,20 @@ class RandomWeights:
 
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
         return DenseWeight(self._normal(out_features, in_features))
+
+    def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._normal(*shape).float()
+
+    def experts(
+        self,
+        names: Sequence[str],
+        count: int,
+        rows: int,
+        in_features: int,
+        transposed: bool,
+        interleaved: bool,
+    ) -> ExpertStack:
+        return DenseStack(self._normal(count, rows * len(names), in_features))
+
+    def expert_bias(self, name: str, count: int, rows: int, interleaved: bool) -> Tensor:
+        return self._normal(count, rows)
