@@ -112,10 +112,45 @@ def _gemma2(sizes: tuple[int, int], layers: int, heads: tuple[int, int]) -> dict
     )
 
 
+_DEEPSEEK_V2_LITE = _llama(
+    102400,
+    (2048, 10944),
+    27,
+    (16, 16),
+    architectures=["DeepseekV2ForCausalLM"],
+    rms_norm_eps=1e-6,
+    max_position_embeddings=163840,
+    q_lora_rank=None,
+    kv_lora_rank=512,
+    qk_nope_head_dim=128,
+    qk_rope_head_dim=64,
+    v_head_dim=128,
+    rope_scaling={
+        "type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
+    first_k_dense_replace=27,  # 1 in the model, whose other layers have these experts
+    moe_intermediate_size=1408,
+    n_routed_experts=64,
+    n_shared_experts=2,
+    num_experts_per_tok=6,
+    n_group=1,
+    topk_group=1,
+    topk_method="greedy",
+    norm_topk_prob=False,
+    routed_scaling_factor=1.0,
+    scoring_func="softmax",
+)
 _SMOL = {"max_position_embeddings": 8192, "tie_word_embeddings": True}
 
 CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
+        "deepseek-v2-lite": _DEEPSEEK_V2_LITE,
         "gemma-2-2b": _gemma2((2304, 9216), 26, (8, 4)),
         "gemma-2-9b": _gemma2((3584, 14336), 42, (16, 8)),
         "gemma-3-270m": _gemma3((640, 2048), 18, (4, 1), window=512),
@@ -160,6 +195,20 @@ def case_config(name: str) -> DecoderConfig:
     return read_config(data["architectures"][0], ConfigReader(data, name))
 
 
+def attention_shapes(config: DecoderConfig) -> list[tuple[int, int]]:
+    """(out_features, in_features) of the matrices of one layer's attention."""
+    hidden, q = config.hidden_size, config.num_heads * config.head_dim
+    out = (hidden, config.num_heads * config.value_dim)
+    mla = config.mla
+    if mla is None:
+        return [(q + 2 * config.num_kv_heads * config.head_dim, hidden), out]
+    latent = mla.kv_lora_rank + mla.qk_rope_head_dim
+    kv = (config.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim), mla.kv_lora_rank)
+    if mla.q_lora_rank is None:
+        return [(q + latent, hidden), kv, out]
+    return [(mla.q_lora_rank + latent, hidden), (q, mla.q_lora_rank), kv, out]
+
+
 def weight_shapes(config: DecoderConfig, split_values: bool) -> list[tuple[int, int]]:
     """(out_features, in_features) of every product of a decoder step, head last, without repeats.
 
@@ -168,11 +217,13 @@ def weight_shapes(config: DecoderConfig, split_values: bool) -> list[tuple[int, 
     """
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
-    qkv = [(q + kv, hidden), (kv, hidden)] if split_values else []
+    attention = attention_shapes(config)
+    if config.mla is not None:
+        del attention[-2]  # used head by head, or for the tokens of whole prompts
+    elif split_values:
+        attention[1:1] = [(q + kv, hidden), (kv, hidden)]
     shapes = [
-        (q + 2 * kv, hidden),
-        *qkv,
-        (hidden, q),
+        *attention,
         (2 * inner, hidden),
         (hidden, inner),
         (config.vocab_size, hidden),

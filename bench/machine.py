@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import triton
 
+from squall.bench.cases import attention_shapes
 from squall.kernels.backends.device import backend_of
 from squall.models.config import DecoderConfig
 from squall.models.decoder import Decoder
@@ -76,7 +77,7 @@ def prefill_floor_s(model: Decoder, tokens: int, ceilings: Ceilings) -> float:
     head = config.vocab_size * config.hidden_size
     linear = 2 * tokens * (matmul_weights(config) - head) + 2 * head
     pairs = sum(seen * (2 * tokens - seen + 1) // 2 for seen in visible_tokens(config, tokens))
-    flops = linear + 4 * pairs * config.num_heads * config.head_dim
+    flops = linear + 2 * pairs * config.num_heads * (config.head_dim + config.value_dim)
     return max(flops / ceilings.matmul_flops_s, streamed_bytes(model) / ceilings.memory_bytes_s)
 
 
@@ -87,8 +88,8 @@ def visible_tokens(config: DecoderConfig, context: int) -> list[int]:
 
 def matmul_weights(config: DecoderConfig) -> int:
     """Weights a token is multiplied with, head included and embedding not."""
-    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    layer = config.hidden_size * (heads + 3 * config.intermediate_size)
+    attention = sum(rows * columns for rows, columns in attention_shapes(config))
+    layer = attention + 3 * config.hidden_size * config.intermediate_size
     return config.num_layers * layer + config.vocab_size * config.hidden_size
 
 

@@ -31,6 +31,7 @@ class Architecture:
     extend: Callable[["_Source", dict[str, Any]], dict[str, Any]] | None = None
     partial_rotary: bool = False  # a part of each head may be rotated
     epsilon: str = "rms_norm_eps"  # the config's key of the norms' epsilon
+    latent: bool = False  # multi-head latent attention
 
 
 class _Source:
@@ -104,7 +105,7 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
     source = _Source(file, name)
     if source.size("expert_count", 0, minimum=0):
         raise source.fail("expert_count", "mixtures of experts are not supported in GGUF files")
-    sizes = _sizes(source)
+    sizes = _sizes(source, architecture.latent)
     config: dict[str, Any] = {
         "architectures": [architecture.hf_class],
         "model_type": architecture.model_type,
@@ -125,7 +126,7 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
     return config | (architecture.extend(source, config) if architecture.extend else {})
 
 
-def _sizes(source: _Source) -> dict[str, Any]:
+def _sizes(source: _Source, latent: bool) -> dict[str, Any]:
     hidden = source.size("embedding_length")
     layers = source.size("block_count")
     if layers > _LAYERS_LIMIT:
@@ -134,19 +135,43 @@ def _sizes(source: _Source) -> dict[str, Any]:
     kv_heads = source.size("attention.head_count_kv", heads)
     if heads % kv_heads:
         raise source.fail("attention.head_count_kv", f"{kv_heads} does not divide {heads} heads")
-    head_dim = source.size("attention.key_length", hidden // heads)
-    if (value := source.size("attention.value_length", head_dim)) != head_dim:
-        message = f"{value} is not the head size {head_dim}: not supported"
-        raise source.fail("attention.value_length", message)
+    per_head = _latent_heads(source) if latent else _plain_heads(source, hidden // heads)
     return {
         "vocab_size": _vocab_size(source),
         "hidden_size": hidden,
         "intermediate_size": source.size("feed_forward_length"),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
+        "num_key_value_heads": heads if latent else kv_heads,
+        **per_head,
         "max_position_embeddings": source.size("context_length"),
+    }
+
+
+def _plain_heads(source: _Source, default: int) -> dict[str, Any]:
+    head_dim = source.size("attention.key_length", default)
+    if (value := source.size("attention.value_length", head_dim)) != head_dim:
+        message = f"{value} is not the head size {head_dim}: not supported"
+        raise source.fail("attention.value_length", message)
+    return {"head_dim": head_dim}
+
+
+def _latent_heads(source: _Source) -> dict[str, Any]:
+    """Latent attention. Since the middle of 2025 ``key_length`` and ``value_length`` are those of
+    the cache, with one kv head, and the heads' own lengths have keys of their own."""
+    suffix = "_mla" if source.has("attention.key_length_mla") else ""
+    rotary = source.size("rope.dimension_count")
+    key = source.size(f"attention.key_length{suffix}")
+    if rotary >= key:
+        raise source.fail("rope.dimension_count", f"{rotary} is not below the head size {key}")
+    queries = source.size("attention.q_lora_rank", 0, minimum=0)
+    return {
+        "head_dim": rotary,  # transformers' for a rotated part of this size
+        "q_lora_rank": queries or None,
+        "kv_lora_rank": source.size("attention.kv_lora_rank"),
+        "qk_nope_head_dim": key - rotary,
+        "qk_rope_head_dim": rotary,
+        "v_head_dim": source.size(f"attention.value_length{suffix}"),
     }
 
 
@@ -279,6 +304,27 @@ def _extend_granite(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _extend_deepseek2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    """Dense layers, and what YaRN does to the scores.
+
+    The converter writes a tenth of ``mscale_all_dim``; llama.cpp takes ``mscale`` to be the same.
+    """
+    found: dict[str, Any] = {
+        "first_k_dense_replace": source.size(
+            "leading_dense_block_count", config["num_hidden_layers"], minimum=0
+        )
+    }
+    scaling = config["rope_scaling"]
+    weighted = source.has("rope.scaling.yarn_log_multiplier")
+    if weighted and scaling and scaling["rope_type"] == "yarn":
+        if source.positive("rope.scaling.attn_factor", 1.0) != 1.0:
+            raise source.fail("rope.scaling.attn_factor", "only 1 is supported")
+        weight = source.positive("rope.scaling.yarn_log_multiplier") * 10
+        scaling = {key: value for key, value in scaling.items() if key != "attention_factor"}
+        found["rope_scaling"] = scaling | {"mscale": weight, "mscale_all_dim": weight}
+    return found
+
+
 def _extend_olmo2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     """With a window it is OLMo 3."""
     window = source.size("attention.sliding_window", 0, minimum=0)
@@ -386,6 +432,13 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             "Glm4ForCausalLM", "glm4", {"hidden_act": "silu"}, partial_rotary=True
         ),
         "olmo2": Architecture("Olmo2ForCausalLM", "olmo2", {"hidden_act": "silu"}, _extend_olmo2),
+        "deepseek2": Architecture(
+            "DeepseekV2ForCausalLM",
+            "deepseek_v2",
+            {"hidden_act": "silu"},
+            _extend_deepseek2,
+            latent=True,
+        ),
         "ernie4_5": Architecture(
             "Ernie4_5ForCausalLM", "ernie4_5", {"hidden_act": "silu"}, _extend_biased
         ),

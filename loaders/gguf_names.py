@@ -145,6 +145,19 @@ NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
             block={k: v for k, v in _BLOCK.items() if not k.startswith("mlp.")}
             | {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
         ),
+        "deepseek2": NameMap(
+            block={k: v for k, v in _BLOCK.items() if k not in _QKV[1:]}
+            | {
+                "self_attn.q_a_proj": "attn_q_a",
+                "self_attn.q_a_layernorm": "attn_q_a_norm",
+                "self_attn.q_b_proj": "attn_q_b",
+                "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
+                "self_attn.kv_a_layernorm": "attn_kv_a_norm",
+                "self_attn.kv_b_proj": "attn_kv_b",
+                "self_attn.k_b_proj": "attn_k_b",
+                "self_attn.v_b_proj": "attn_v_b",
+            }
+        ),
         "command-r": NameMap(_PARALLEL, _TIED_OUTER),
         "cohere2": NameMap(_PARALLEL, _TIED_OUTER),
         "gemma": NameMap(_BLOCK, _TIED_OUTER, norm_shift=1.0),

@@ -91,7 +91,9 @@ class Checkpoint:
         with progress.phase("load", folder.nbytes, "B") as advance:
             source = SafetensorsWeights(folder, dtype, device, advance)
             model = Decoder(config, source, max_len)
-            source.finish(config.tie_embeddings)
+            layers = range(config.num_layers, config.num_layers + config.unused_layers)
+            unused = tuple(f"model.layers.{layer}." for layer in layers)
+            source.finish(config.tie_embeddings, unused)
         return model
 
     def text(self, template: Path | None = None) -> TextAssets:

@@ -118,9 +118,11 @@ class SafetensorsWeights(_FileWeights):
     def expert_bias(self, name: str, count: int, rows: int, interleaved: bool) -> Tensor:
         return _in_order(self._place(self._read(name, (count, rows)), self.dtype), interleaved)
 
-    def finish(self, tied: bool) -> None:
-        """ModelLoadError if tensors are left over. A stored copy of a tied head is not."""
+    def finish(self, tied: bool, unused: tuple[str, ...] = ()) -> None:
+        """ModelLoadError if tensors are left over. A stored copy of a tied head is not, nor are
+        names that begin with one of ``unused``."""
         names = {n for n in self._folder.names() if not n.endswith(_DERIVED_SUFFIXES)}
+        names = {n for n in names if not n.startswith(unused)}
         if tied:
             names.discard("lm_head.weight")
         self._check_used(names, str(self._folder.path(min(names, default="")).parent))
@@ -156,6 +158,8 @@ class GGUFWeights(_FileWeights):
         return weight + (offset - self._names.norm_shift)
 
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
+        if self._is_halved(name):
+            return DenseWeight(self._place(self._kv_b(name, in_features), self.dtype))
         rows = self._rows(name, (out_features, in_features))
         form = self._file.tensors[self._names.gguf_name(name)].format
         if form.dtype is None:
@@ -213,6 +217,26 @@ class GGUFWeights(_FileWeights):
         """ModelLoadError if tensors are left over."""
         names = set(self._file.tensors) - self._names.consumed
         self._check_used(names, str(self._file.path))
+
+    def _is_halved(self, name: str) -> bool:
+        """Whether the file has this matrix in two tensors."""
+        missing = self._names.gguf_name(name) not in self._file.tensors
+        return missing and name.endswith("kv_b_proj.weight")
+
+    def _kv_b(self, name: str, latent: int) -> Tensor:
+        """Latent attention's matrix to keys and values, ``[heads * (Dn + Dv), latent]``: files have
+        ``[heads, latent, Dn]``, transposed, and ``[heads, Dv, latent]``."""
+        sizes = ("num_attention_heads", "qk_nope_head_dim", "v_head_dim")
+        heads, plain, value = (int(self._config[key]) for key in sizes)
+        keys = self._floats(name.replace("kv_b_proj", "k_b_proj"), (heads, latent, plain))
+        values = self._floats(name.replace("kv_b_proj", "v_b_proj"), (heads, value, latent))
+        return torch.cat((keys.transpose(1, 2), values), 1).flatten(0, 1)
+
+    def _floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The tensor of ``name`` as float32."""
+        rows = self._rows(name, shape)
+        form = self._file.tensors[self._names.gguf_name(name)].format
+        return (rows.float() if form.dtype is not None else form.dequantize(rows)).view(shape)
 
     def _rows(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of ``name``, which must have ``shape``: floats, or blocks as raw bytes."""

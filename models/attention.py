@@ -12,6 +12,7 @@ from squall.kernels.attention.rope_store import rope_store_kv
 from squall.kernels.rmsnorm import rms_norm
 from squall.models.batch import Batch
 from squall.models.config import DecoderConfig, LayerConfig
+from squall.models.linear import Linear
 from squall.models.norm import Norm
 from squall.models.rope import halves_first
 from squall.models.weights import WeightSource, read_linear
@@ -61,6 +62,10 @@ class Attention:
                 source.norm(f"{prefix}.{name}_norm.weight", size, config.norm_offset)
                 for name, size in (("q", q_size), ("k", kv_size))
             )
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv, self.out
 
     def _normed(self, qkv: Tensor) -> Tensor:
         """``qkv`` with one norm over all of q, and one over all of k."""

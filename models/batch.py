@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from squall.models.config import KVShape
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -34,7 +36,7 @@ class Batch:
 class KVCache:
     """Paged key/value memory: one pair of tensors per layer.
 
-    Each tensor is ``[blocks, block_size, kv_heads, head_dim]``.
+    Keys are ``[blocks, block_size, heads, key_dim]``, values ``[..., value_dim]``, which may be 0.
     """
 
     keys: tuple[Tensor, ...]
@@ -50,23 +52,23 @@ class KVCache:
         layers: int,
         blocks: int,
         block_size: int,
-        head: tuple[int, int],
+        shape: KVShape,
         dtype: torch.dtype,
         device: torch.device,
     ) -> "KVCache":
-        """Zero-filled caches of ``blocks`` blocks for ``head = (kv_heads, head_dim)``.
+        """Zero-filled caches of ``blocks`` blocks.
 
         On a CPU the memory is only taken as blocks are used.
         """
-        shape = (blocks, block_size, *head)
 
-        def zeros() -> Tensor:
-            if device.type != "cpu":
-                return torch.zeros(shape, dtype=dtype, device=device)
+        def zeros(dim: int) -> Tensor:
+            size = (blocks, block_size, shape.heads, dim)
+            if device.type != "cpu" or dim == 0:
+                return torch.zeros(size, dtype=dtype, device=device)
             # numpy gets untouched pages from the system, torch writes zeros into all of them
-            nbytes = math.prod(shape) * dtype.itemsize
-            return torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(shape)
+            nbytes = math.prod(size) * dtype.itemsize
+            return torch.from_numpy(np.zeros(nbytes, np.uint8)).view(dtype).view(size)
 
-        keys = tuple(zeros() for _ in range(layers))
-        values = tuple(zeros() for _ in range(layers))
+        keys = tuple(zeros(shape.key_dim) for _ in range(layers))
+        values = tuple(zeros(shape.value_dim) for _ in range(layers))
         return KVCache(keys, values, block_size)

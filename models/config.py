@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 Activation = Literal["silu", "gelu_tanh", "clamped_silu"]
 
@@ -44,6 +44,26 @@ class LayerConfig:
     window: int = 0  # tokens a query sees, itself included; 0: all
     rope: int = 0  # index into DecoderConfig.ropes
     experts: bool = False  # a mixture of experts instead of the MLP
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Sizes of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): a token's keys and
+    values are products of one latent vector, besides a rotated part that all heads share."""
+
+    q_lora_rank: int | None  # queries are a product of a latent of this size, or of the stream
+    kv_lora_rank: int
+    qk_nope_head_dim: int  # a head of q and k is this part, which is not rotated,
+    qk_rope_head_dim: int  # and then this one
+    v_head_dim: int
+
+
+class KVShape(NamedTuple):
+    """What a layer's cache holds of a token: for each of ``heads`` heads a key and a value."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
 
 
 @dataclass(frozen=True)
@@ -136,11 +156,36 @@ class DecoderConfig:
     logit_softcap: float = 0.0
     moe: MoEConfig | None = None
     wide_range: bool = False  # activations are known to leave float16's range
+    mla: MLAConfig | None = None  # latent attention instead of grouped-query attention
+    unused_layers: int = 0  # behind the last one: checkpoints hold them, nothing here reads them
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
 
+    @property
+    def value_dim(self) -> int:
+        """Elements of a head of what attention hands on."""
+        return self.mla.v_head_dim if self.mla else self.head_dim
+
+    @property
+    def attention_width(self) -> int:
+        """Numbers a token has in a layer's queries, keys, values and what is made of them."""
+        if self.mla:
+            kv = self.num_heads * (self.mla.qk_nope_head_dim + self.mla.v_head_dim)
+        else:
+            kv = 2 * self.num_kv_heads * self.head_dim
+        return self.num_heads * (self.head_dim + self.value_dim) + kv
+
+    @property
+    def kv_shape(self) -> KVShape:
+        """The cache of one layer. Latent attention has one key a token, the latent and the rotated
+        part; its values are the latent, and kept nowhere else."""
+        if self.mla:
+            return KVShape(1, self.mla.kv_lora_rank + self.mla.qk_rope_head_dim, 0)
+        return KVShape(self.num_kv_heads, self.head_dim, self.head_dim)
+
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of key/value cache one token takes over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * itemsize
+        shape = self.kv_shape
+        return self.num_layers * shape.heads * (shape.key_dim + shape.value_dim) * itemsize

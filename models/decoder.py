@@ -11,6 +11,7 @@ from squall.models.attention import Attend, Attention
 from squall.models.batch import Batch, KVCache
 from squall.models.config import DecoderConfig, LayerConfig
 from squall.models.linear import Linear
+from squall.models.mla import LatentAttention
 from squall.models.mlp import GatedMLP, PlainMLP
 from squall.models.moe import MoE
 from squall.models.norm import LayerNorm, Norm, normed
@@ -33,7 +34,10 @@ class Block:
         self.rope = layer.rope
         names = config.norms
         self.input_norm = norm(names.attention)
-        self.attention = Attention(config, layer, source, f"{prefix}.self_attn")
+        attention = LatentAttention if config.mla else Attention
+        self.attention: Attention | LatentAttention = attention(
+            config, layer, source, f"{prefix}.self_attn"
+        )
         self.mlp: FeedForward = (
             MoE(config, source, prefix)
             if layer.experts
@@ -102,8 +106,10 @@ class Decoder:
         self.ropes = [rope_table(rope, max_len, source.device) for rope in config.ropes]
 
     def use_attention(self, attend: Attend) -> None:
-        """Compute attention with ``attend`` from now on."""
+        """Compute attention with ``attend`` from now on; latent attention has no other way than
+        its own."""
         for block in self.blocks:
+            assert isinstance(block.attention, Attention), "latent attention"
             block.attention.attend = attend
 
     @property
@@ -112,7 +118,7 @@ class Decoder:
         blocks = [
             part.nbytes
             for block in self.blocks
-            for part in (block.attention.qkv, block.attention.out, block.mlp)
+            for part in (*block.attention.linears, block.mlp)
         ]
         head = 0 if self.head is self.embedding else self.head.nbytes
         return sum(blocks) + self.embedding.nbytes + head

@@ -27,15 +27,18 @@ def rope_table(config: RopeConfig, length: int, device: torch.device) -> Tensor:
     return (torch.cat((angles.cos(), angles.sin()), dim=1) * factor).to(device)
 
 
-def halves_first(heads: int, head_dim: int, rotary: int, device: torch.device) -> Tensor:
-    """Rows of a q or k projection in another order, int64 ``[heads * head_dim]``: of the first
-    ``rotary`` elements of each head the even ones, then the odd ones.
+def halves_first(
+    heads: int, head_dim: int, rotary: int, device: torch.device, start: int = 0
+) -> Tensor:
+    """Rows of a q or k projection in another order, int64 ``[heads * head_dim]``: of ``rotary``
+    elements of each head, from ``start`` on, the even ones, then the odd ones.
 
     Some models rotate elements 2i and 2i + 1 together; ours rotate i and i + rotary / 2. Scores are
     the same when q and k are both reordered.
     """
     row = torch.arange(head_dim, device=device)
-    row[:rotary] = row[:rotary].view(-1, 2).t().flatten()
+    rotated = slice(start, start + rotary)
+    row[rotated] = row[rotated].view(-1, 2).t().flatten()
     return (torch.arange(heads, device=device)[:, None] * head_dim + row).flatten()
 
 
@@ -108,13 +111,16 @@ def _yarn_attention_factor(config: RopeConfig, factor: float) -> float:
     if given is not None:
         return float(given)
 
-    def magnitude(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     mscale, all_dim = config.settings.get("mscale"), config.settings.get("mscale_all_dim")
     if mscale and all_dim:
-        return magnitude(float(mscale)) / magnitude(float(all_dim))
-    return magnitude(1.0)
+        return yarn_magnitude(factor, float(mscale)) / yarn_magnitude(factor, float(all_dim))
+    return yarn_magnitude(factor, 1.0)
+
+
+def yarn_magnitude(factor: float, weight: float) -> float:
+    """YaRN's correction of the scores of a context ``factor`` times as long (Peng et al. 2023,
+    arXiv:2309.00071, equation 22), its logarithm weighted."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _longrope(inverse: Tensor, config: RopeConfig, length: int) -> tuple[Tensor, float]:

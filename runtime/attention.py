@@ -24,7 +24,7 @@ def choose_attention(
         accepted = ", ".join(BACKENDS)
         raise OptionError(f"--attention-backend {name!r} is not known; accepted: {accepted}")
     if name == "triton":
-        return paged_attention
+        return None if config.mla else paged_attention  # latent attention has no other kernels
     if name == "xformers":
         reason = f"it needs a CUDA GPU, not {device}" if device.type != "cuda" else None
         reason = reason or xformers_backend.probe() or _refusal(config, dtype, options)
@@ -36,6 +36,8 @@ def choose_attention(
 
 
 def _refusal(config: DecoderConfig, dtype: torch.dtype, options: EngineOptions) -> str | None:
+    if config.mla is not None:
+        return "it has no latent attention (MLA)"
     features = {"window"} if any(layer.window for layer in config.layers) else set()
     features |= {"softcap"} if config.attention_softcap else set()
     block_size = options.pa_blk_size

@@ -176,10 +176,8 @@ def _limits(options: EngineOptions, plan: KVPlan, facts: MemoryFacts) -> Limits:
 
 
 def _cache(model: Decoder, blocks: int, block_size: int) -> KVCache:
-    config = model.config
-    heads = (config.num_kv_heads, config.head_dim)
-    layers = config.num_layers
-    return KVCache.allocate(layers, blocks, block_size, heads, model.dtype, model.device)
+    layers, shape = model.config.num_layers, model.config.kv_shape
+    return KVCache.allocate(layers, blocks, block_size, shape, model.dtype, model.device)
 
 
 def _measure(model: Decoder, options: EngineOptions) -> MemoryFacts:
@@ -225,8 +223,7 @@ def _probe_activations(model: Decoder, tokens: int, options: EngineOptions) -> i
 def _estimate_activations(config: DecoderConfig, tokens: int, seqs: int, itemsize: int) -> int:
     """The largest step's live tensors: residual stream and the widest layer's, and the logits
     with the sampler's copies (float32)."""
-    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    widest = 4 * config.hidden_size + max(heads, 3 * config.intermediate_size)
+    widest = 4 * config.hidden_size + max(config.attention_width, 3 * config.intermediate_size)
     return tokens * widest * itemsize + 3 * seqs * config.vocab_size * 4
 
 

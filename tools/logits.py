@@ -39,7 +39,7 @@ def sequence_logits(
         config.num_layers,
         blocks,
         block_size,
-        (config.num_kv_heads, config.head_dim),
+        config.kv_shape,
         model.dtype,
         model.device,
     )

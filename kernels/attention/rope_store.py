@@ -44,13 +44,13 @@ def rope_store_kv_reference(
     parts = (count - 2 * kv_heads, kv_heads, kv_heads)
     q, k, v = qkv.view(qkv.shape[0], count, dim).split_with_sizes(parts, dim=1)
     cos, sin = cos_sin.index_select(0, positions).unsqueeze(1).chunk(2, -1)
-    q, k = (_turned(x, norm, eps, cos, sin) for x, norm in ((q, q_norm), (k, k_norm)))
-    _store(k, k_cache, slots)
-    _store(v, v_cache, slots)
+    q, k = (turned(x, norm, eps, cos, sin) for x, norm in ((q, q_norm), (k, k_norm)))
+    store(k, k_cache, slots)
+    store(v, v_cache, slots)
     return q.to(qkv.dtype)
 
 
-def _turned(x: Tensor, norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+def turned(x: Tensor, norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
     """Normed and rotated copy, float32."""
     x = x.float()
     if norm is not None:
@@ -60,7 +60,7 @@ def _turned(x: Tensor, norm: Tensor | None, eps: float, cos: Tensor, sin: Tensor
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
 
 
-def _store(x: Tensor, cache: Tensor, slots: Tensor) -> None:
+def store(x: Tensor, cache: Tensor, slots: Tensor) -> None:
     kept = (slots >= 0).nonzero().squeeze(1)
     new = written(to_cache_dtype(x.index_select(0, kept), cache.dtype))
     written(cache).flatten(0, 1).index_copy_(0, slots.index_select(0, kept).long(), new)

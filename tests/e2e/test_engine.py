@@ -98,8 +98,8 @@ def make_engine(place: Place) -> MakeEngine:
     placed = decoder(place.device)
 
     def make(blocks: int = 200, budget: int = 64, seqs: int = 8) -> Engine:
-        heads, layers = (CONFIG.num_kv_heads, CONFIG.head_dim), CONFIG.num_layers
-        cache = KVCache.allocate(layers, blocks, BLOCK, heads, torch.float32, placed.device)
+        layers, shape = CONFIG.num_layers, CONFIG.kv_shape
+        cache = KVCache.allocate(layers, blocks, BLOCK, shape, torch.float32, placed.device)
         for tensor in cache.keys + cache.values:
             tensor.fill_(float("nan"))  # whatever is read without having been written shows
         engine = Engine(placed, cache, Limits(seqs, budget, BLOCK, 100, 128))

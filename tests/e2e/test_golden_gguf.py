@@ -20,7 +20,7 @@ from squall.loaders.hub import resolve
 from squall.loaders.load import Checkpoint
 from squall.loaders.progress import NoProgress
 from squall.tools.logits import sequence_logits
-from tests.e2e.test_golden_logits import CASES, SIZES, TOKENS, save_random
+from tests.e2e.test_golden_logits import CASES, MSCALE, SIZES, TOKENS, YARN, save_random
 
 Config = Any  # a transformers config
 Keys = dict[str, Any]
@@ -123,11 +123,42 @@ def _gemma3(config: Config) -> Keys:
     return keys
 
 
+def _deepseek(config: Config) -> Keys:
+    """As files were until the middle of 2025."""
+    keys = _rope(config) | {
+        "attention.kv_lora_rank": config.kv_lora_rank,
+        "attention.key_length": config.qk_nope_head_dim + config.qk_rope_head_dim,
+        "attention.value_length": config.v_head_dim,
+        "rope.dimension_count": config.qk_rope_head_dim,
+        "leading_dense_block_count": config.first_k_dense_replace,
+    }
+    if config.q_lora_rank:
+        keys["attention.q_lora_rank"] = config.q_lora_rank
+    if config.rope_parameters["rope_type"] == "yarn":
+        keys["rope.scaling.yarn_beta_fast"] = config.rope_parameters.get("beta_fast", 32.0)
+    if weight := config.rope_parameters.get("mscale_all_dim"):
+        keys["rope.scaling.yarn_log_multiplier"] = 0.1 * weight
+    return keys
+
+
+def _deepseek_mla(config: Config) -> Keys:
+    """As they have been since: the lengths without suffix are those of the cache."""
+    keys = _deepseek(config)
+    return keys | {
+        "attention.head_count_kv": 1,
+        "attention.key_length": config.kv_lora_rank + config.qk_rope_head_dim,
+        "attention.value_length": config.kv_lora_rank,
+        "attention.key_length_mla": keys["attention.key_length"],
+        "attention.value_length_mla": keys["attention.value_length"],
+    }
+
+
 _EPSILONS = {
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
     "attention.layer_norm_epsilon": ("layer_norm_eps", "norm_epsilon"),
 }
 _PERMUTED, _SHIFTED = {"llama", "granite", "smollm3"}, {"gemma", "gemma2", "gemma3"}
+_LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 64, "v_head_dim": 32}  # whole blocks
 # By case of the table of safetensors models: the GGUF architecture, its keys, and what must be
 # another value because the file does not say it.
 ROWS: dict[str, tuple[str, Callable[[Config], Keys], dict[str, Any]]] = {
@@ -144,6 +175,14 @@ ROWS: dict[str, tuple[str, Callable[[Config], Keys], dict[str, Any]]] = {
     "glm4": ("glm4", _partial, {}),
     "olmo2": ("olmo2", _rope, {}),
     "olmo3": ("olmo2", _olmo3, {}),
+    "deepseek_v2": ("deepseek2", _deepseek, _LATENT),
+    "deepseek_v2-yarn": ("deepseek2", _deepseek, _LATENT),
+    "deepseek_v2-yarn-plain": ("deepseek2", _deepseek_mla, _LATENT),
+    "deepseek_v3": (
+        "deepseek2",
+        _deepseek_mla,
+        _LATENT | {"q_lora_rank": 64, "rope_parameters": YARN | MSCALE},
+    ),
     "stablelm": ("stablelm", _partial, _TWO_HEADS),
     "stablelm-parallel": ("stablelm", _stablelm, _TWO_HEADS),
     "starcoder2": ("starcoder2", _starcoder2, {}),
@@ -167,7 +206,15 @@ def _permuted(rows: Tensor, heads: int) -> Tensor:
     return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-def _tensors(model: torch.nn.Module, architecture: str) -> dict[str, Tensor]:
+def _halves(weight: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """Of kv_b_proj: ``[heads, latent, Dn]`` of the keys, ``[heads, Dv, latent]`` of the values
+    (DeepseekV2Model.modify_tensors of llama.cpp)."""
+    sizes = [config.qk_nope_head_dim, config.v_head_dim]
+    k, v = weight.view(config.num_attention_heads, sum(sizes), -1).split(sizes, 1)
+    return k.transpose(1, 2), v
+
+
+def _tensors(model: torch.nn.Module, architecture: str, halved: bool) -> dict[str, Tensor]:
     config = model.config
     kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
@@ -181,9 +228,14 @@ def _tensors(model: torch.nn.Module, architecture: str) -> dict[str, Tensor]:
             tensor = _permuted(tensor, heads[module])
         if architecture in _SHIFTED and module.endswith("norm"):
             tensor = tensor + 1
-        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert found is not None, name
-        tensors[found] = tensor
+        parts = {name: tensor}
+        if halved and module == "kv_b_proj":
+            halves = zip(("k_b_proj", "v_b_proj"), _halves(tensor, config), strict=True)
+            parts = {name.replace(module, half): part for half, part in halves}
+        for part, data in parts.items():
+            found = names.get_name(part, try_suffixes=(".weight", ".bias"))
+            assert found is not None, part
+            tensors[found] = data
     rope = config.rope_parameters
     if rope.get("rope_type") == "longrope":
         for length in ("long", "short"):
@@ -191,13 +243,20 @@ def _tensors(model: torch.nn.Module, architecture: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _round_to_q8_0(model: torch.nn.Module) -> None:
+def _rounded(matrix: Tensor) -> Tensor:
+    blocks = gguf.quants.quantize(matrix.contiguous().numpy(), Q8_0)
+    return torch.from_numpy(gguf.quants.dequantize(blocks, Q8_0))
+
+
+def _round_to_q8_0(model: torch.nn.Module, halved: bool) -> None:
     """Give every matrix values that Q8_0 holds exactly."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                blocks = gguf.quants.quantize(parameter.numpy(), Q8_0)
-                parameter.copy_(torch.from_numpy(gguf.quants.dequantize(blocks, Q8_0)))
+        for name, parameter in model.named_parameters():
+            if halved and "kv_b_proj" in name:
+                for half in _halves(parameter, model.config):
+                    half.copy_(_rounded(half))
+            elif parameter.dim() == 2:
+                parameter.copy_(_rounded(parameter))
 
 
 def write_gguf(
@@ -228,9 +287,9 @@ def write_gguf(
         }
         add[type(value)](f"{architecture}.{suffix}", value)
     writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(SIZES["vocab_size"])])
-    for name, tensor in _tensors(model, architecture).items():
+    for name, tensor in _tensors(model, architecture, "attention.key_length_mla" in keys).items():
         data = tensor.float().contiguous().numpy()
-        if quantized and data.ndim == 2:
+        if quantized and data.ndim > 1:
             writer.add_tensor(name, gguf.quants.quantize(data, Q8_0), raw_dtype=Q8_0)
         else:
             writer.add_tensor(name, data)
@@ -249,7 +308,7 @@ def test_logits_equal_transformers(case: str, quantized: bool, tmp_path: Path) -
     sizes = WHOLE_BLOCKS if quantized else {}
     reference = save_random(tmp_path / "hf", family, sizes | overrides | changes)
     if quantized:
-        _round_to_q8_0(reference)
+        _round_to_q8_0(reference, halved=keys is _deepseek_mla)
     path = tmp_path / "model.gguf"
     write_gguf(path, reference, architecture, keys(reference.config), quantized)
     ids = torch.randint(0, SIZES["vocab_size"], (TOKENS,)).tolist()

@@ -49,6 +49,18 @@ LONGROPE = {
     "long_factor": [1.0, 2.0, 4.0, 7.5],
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+# Of DeepSeek. Heads of q and k are 20 and 10 elements; no size is a power of two.
+LATENT = {
+    "num_key_value_heads": None,
+    "q_lora_rank": None,
+    "kv_lora_rank": 24,
+    "qk_nope_head_dim": 20,
+    "qk_rope_head_dim": 10,
+    "v_head_dim": 12,
+    "rms_norm_eps": 1e-5,
+    "first_k_dense_replace": 3,
+}
+MSCALE = {"beta_fast": 4.0, "mscale": 0.707, "mscale_all_dim": 0.707}
 GEMMA_ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -142,6 +154,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
             },
         },
+    ),
+    "deepseek_v2": ("DeepseekV2", LATENT),
+    "deepseek_v2-queries-biases": (
+        "DeepseekV2",
+        LATENT | {"q_lora_rank": 36, "attention_bias": True, "mlp_bias": True},
+    ),
+    "deepseek_v2-biases": ("DeepseekV2", LATENT | {"attention_bias": True}),
+    "deepseek_v2-yarn": ("DeepseekV2", LATENT | {"rope_parameters": YARN | MSCALE}),
+    "deepseek_v2-yarn-plain": ("DeepseekV2", LATENT | {"rope_parameters": YARN}),
+    "deepseek_v3": (
+        "DeepseekV3",
+        LATENT | {"q_lora_rank": 36, "rope_parameters": YARN | MSCALE | {"mscale": 1.3}},
+    ),
+    "deepseek_v3-halves": (
+        "DeepseekV3",
+        LATENT | {"rope_interleave": False, "v_head_dim": 40, "attention_bias": True},
     ),
     "stablelm": (
         "StableLm",

@@ -8,15 +8,15 @@ import torch
 
 from squall.kernels.attention import xformers_backend
 from squall.kernels.attention.paged import paged_attention
-from squall.models.config import LayerConfig
+from squall.models.config import LayerConfig, MLAConfig
 from squall.runtime.attention import choose_attention
 from squall.runtime.memory import OptionError
 from squall.runtime.options import EngineOptions
 
 
-def chosen(name: str, window: int = 0, device: str = "cuda") -> Any:
+def chosen(name: str, window: int = 0, device: str = "cuda", mla: MLAConfig | None = None) -> Any:
     config: Any = SimpleNamespace(
-        layers=(LayerConfig(), LayerConfig(window)), attention_softcap=0.0, head_dim=64
+        layers=(LayerConfig(), LayerConfig(window)), attention_softcap=0.0, head_dim=64, mla=mla
     )
     options = EngineOptions(attention_backend=name)
     return choose_attention(config, torch.bfloat16, torch.device(device), options)
@@ -27,6 +27,15 @@ def test_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen("auto") is None
     assert chosen("triton") is paged_attention
     assert chosen("xformers") is xformers_backend.paged_attention
+
+
+def test_latent_attention_has_kernels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xformers_backend, "probe", lambda: None)
+    sizes = MLAConfig(None, 512, 128, 64, 128)
+    assert chosen("auto", mla=sizes) is None
+    assert chosen("triton", mla=sizes) is None
+    with pytest.raises(OptionError, match=r"no latent attention .*; accepted here: auto"):
+        chosen("xformers", mla=sizes)
 
 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

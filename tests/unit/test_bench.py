@@ -53,6 +53,7 @@ TINY = DecoderConfig(
 
 # Parameters as the model cards give them, in millions; norms and biases are below the tolerance.
 PARAMETERS = {
+    "deepseek-v2-lite": 2607.0,  # its dense layer, 27 times
     "gemma-2-2b": 2614.3,
     "gemma-2-9b": 9241.7,
     "gemma-3-270m": 268.1,
@@ -80,14 +81,21 @@ def matrices(config: DecoderConfig) -> dict[str, tuple[int, int]]:
         found["lm_head.weight"] = (config.vocab_size, hidden)
     for i in range(config.num_layers):
         attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-        if config.fused_qkv:
+        if (mla := config.mla) is not None:
+            latent = mla.kv_lora_rank + mla.qk_rope_head_dim
+            keys = config.num_heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+            found[f"{attention}.q_proj.weight"] = (q, hidden)
+            found[f"{attention}.kv_a_proj_with_mqa.weight"] = (latent, hidden)
+            found[f"{attention}.kv_b_proj.weight"] = (keys, mla.kv_lora_rank)
+            found |= {f"{mlp}.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
+        elif config.fused_qkv:
             found[f"{attention}.qkv_proj.weight"] = (q + 2 * kv, hidden)
             found[f"{mlp}.gate_up_proj.weight"] = (2 * inner, hidden)
         else:
             found |= {f"{attention}.{n}_proj.weight": (kv, hidden) for n in "kv"}
             found |= {f"{mlp}.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
             found[f"{attention}.q_proj.weight"] = (q, hidden)
-        found[f"{attention}.o_proj.weight"] = (hidden, q)
+        found[f"{attention}.o_proj.weight"] = (hidden, config.num_heads * config.value_dim)
         found[f"{mlp}.down_proj.weight"] = (hidden, inner)
     return found
 
@@ -99,7 +107,7 @@ def test_cases_have_the_published_number_of_parameters(name: str) -> None:
 
 
 def test_an_unknown_case_names_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'llama-9'; known: gemma-2-2b, "):
+    with pytest.raises(ValueError, match=r"'llama-9'; known: deepseek-v2-lite, "):
         case_config("llama-9")
 
 
@@ -109,6 +117,13 @@ def test_weight_shapes_are_those_of_merged_projections() -> None:
     assert weight_shapes(config, split_values=False) == dense
     apart = [(5120, 4096), (1024, 4096)]
     assert weight_shapes(config, split_values=True) == [dense[0], *apart, *dense[1:]]
+
+
+def test_weight_shapes_of_latent_attention() -> None:
+    """Without the matrix from latents to keys and values, which is no product of a step's rows."""
+    shapes = weight_shapes(case_config("deepseek-v2-lite"), split_values=True)
+    assert shapes[:2] == [(16 * 192 + 512 + 64, 2048), (2048, 16 * 128)]
+    assert all(columns != 512 for _, columns in shapes)
 
 
 def test_q4_k_m_gives_more_bits_to_half_of_the_layers() -> None:

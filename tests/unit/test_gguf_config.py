@@ -15,7 +15,9 @@ from squall.loaders.gguf import GGUFFile
 from squall.loaders.gguf_config import ARCHITECTURES, gguf_config
 from squall.loaders.gguf_names import NAME_MAPS, unpermute_rows
 from squall.loaders.hf_config import ConfigReader
+from squall.models.config import MLAConfig
 from squall.models.registry import read_config
+from squall.models.rope import rope_table
 
 BASE: dict[str, Any] = {
     "context_length": 512,
@@ -182,7 +184,7 @@ def test_gemma3_attention_scale(tmp_path: Path) -> None:
 _FULL_EVERY = {"cohere2": 4, "gemma2": 2, "gemma3": 6, "olmo2": 4, "phi3": 13, "starcoder2": 13}
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "deepseek2"])
 def test_configs_are_read_by_the_models(tmp_path: Path, architecture: str) -> None:
     file = model(tmp_path, architecture, {"attention.sliding_window": 64})
     config = gguf_config(file)
@@ -193,6 +195,48 @@ def test_configs_are_read_by_the_models(tmp_path: Path, architecture: str) -> No
     full = _FULL_EVERY.get(architecture, 1)  # each n-th layer sees all
     windows = [layer.window for layer in decoder.layers]
     assert windows == [0 if (i + 1) % full == 0 else 64 for i in range(12)]
+
+
+_OLD = {
+    "attention.kv_lora_rank": 24,
+    "attention.key_length": 12,
+    "attention.value_length": 10,
+    "rope.dimension_count": 4,
+    "attention.head_count_kv": 4,
+}
+_NEW = _OLD | {
+    "attention.key_length": 28,
+    "attention.value_length": 24,
+    "attention.key_length_mla": 12,
+    "attention.value_length_mla": 10,
+    "attention.head_count_kv": 1,
+}
+_YARN = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 40.0,
+    "rope.scaling.yarn_log_multiplier": 0.0707,
+}
+
+
+@pytest.mark.parametrize("keys", [_OLD, _NEW], ids=["old", "new"])
+def test_latent_attention(tmp_path: Path, keys: dict[str, Any]) -> None:
+    config = gguf_config(model(tmp_path, "deepseek2", keys))
+    decoder = read_config(config["architectures"][0], ConfigReader(config, tmp_path))
+    assert decoder.mla == MLAConfig(None, 24, 8, 4, 10)
+    assert (decoder.num_layers, decoder.num_heads, decoder.head_dim) == (12, 4, 12)
+    assert decoder.kv_shape == (1, 28, 0)
+    assert decoder.attention_scale == pytest.approx(12**-0.5)
+    queries = gguf_config(model(tmp_path, "deepseek2", keys | {"attention.q_lora_rank": 20}))
+    assert queries["q_lora_rank"] == 20
+
+
+def test_latent_attention_of_longer_contexts(tmp_path: Path) -> None:
+    """The file has a tenth of the weight; rope itself is not scaled, scores are."""
+    config = gguf_config(model(tmp_path, "deepseek2", _NEW | _YARN))
+    decoder = read_config(config["architectures"][0], ConfigReader(config, tmp_path))
+    factor = 0.0707 * math.log(40) + 1
+    assert decoder.attention_scale == pytest.approx(12**-0.5 * factor**2)
+    assert rope_table(decoder.ropes[0], 8, torch.device("cpu"))[0, 0] == 1.0
 
 
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -222,6 +266,12 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
         "qwen2",
         {"rope.scaling.type": "yarn", "rope.scaling.yarn_ext_factor": 0.5},
         "only 1 is supported",
+    ),
+    "rotated part": ("deepseek2", _NEW | {"rope.dimension_count": 12}, "12 is not below the head"),
+    "scores": (
+        "deepseek2",
+        _NEW | _YARN | {"rope.scaling.attn_factor": 2.0},
+        r"attn_factor': only 1 is supported",
     ),
     "pattern": (
         "gemma3",

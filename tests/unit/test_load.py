@@ -130,3 +130,55 @@ def test_a_broken_template_is_told_when_a_chat_needs_it(tmp_path: Path) -> None:
     assets = checkpoint.text()
     assert isinstance(assets.template, Exception)
     assert "line 2" in str(assets.template)
+
+
+DEEPSEEK: dict[str, Any] = CONFIG | {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "num_key_value_heads": 2,
+    "q_lora_rank": None,
+    "kv_lora_rank": 6,
+    "qk_nope_head_dim": 3,
+    "qk_rope_head_dim": 2,
+    "v_head_dim": 4,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 1,
+}
+
+
+def deepseek_tensors() -> dict[str, Tensor]:
+    shapes = {
+        "q_proj": (10, 8),
+        "kv_a_proj_with_mqa": (8, 8),
+        "kv_a_layernorm": (6,),
+        "kv_b_proj": (14, 6),
+        "o_proj": (8, 8),
+    }
+    others = {name: tensor for name, tensor in tensors().items() if "self_attn" not in name}
+    prefix = "model.layers.0.self_attn"
+    return others | {f"{prefix}.{name}.weight": torch.ones(size) for name, size in shapes.items()}
+
+
+def test_layers_for_multi_token_prediction_are_left_out(tmp_path: Path) -> None:
+    weights = deepseek_tensors()
+    weights["model.layers.1.eh_proj.weight"] = torch.ones(8, 16)
+    load(write(tmp_path, DEEPSEEK, weights))
+    weights["model.layers.2.eh_proj.weight"] = torch.ones(8, 16)
+    with pytest.raises(ModelLoadError, match=r"does not use model\.layers\.2\.eh_proj"):
+        load(write(tmp_path, DEEPSEEK, weights))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qk_rope_head_dim": 3}, "qk_rope_head_dim: 3 is odd"),
+        ({"kv_lora_rank": None}, "kv_lora_rank: missing"),
+        ({"first_k_dense_replace": 0}, "0 of 1 layers are dense; layers with experts are not"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_latent_attention_that_makes_no_sense(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelLoadError, match=re.escape(message)):
+        write(tmp_path, DEEPSEEK | changes, deepseek_tensors()).config()
