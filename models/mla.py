@@ -7,7 +7,6 @@ from torch import Tensor
 from squall.kernels.attention.mla_decode import mla_decode
 from squall.kernels.attention.mla_prefill import mla_prefill
 from squall.kernels.attention.mla_query import mla_query
-from squall.kernels.head_product import head_product
 from squall.kernels.rmsnorm import rms_norm
 from squall.kernels.weight import DenseWeight
 from squall.models.batch import Batch
@@ -53,7 +52,6 @@ class LatentAttention:
         every = torch.arange(rows, device=source.device)
         kv_b = DenseWeight(stored.rows(every, source.dtype))
         self.kv_b = kv_b.data.view(heads, -1, latent)
-        self.values = self.kv_b[:, sizes.qk_nope_head_dim :].transpose(1, 2)
         self.out = read_linear(
             source,
             [f"{prefix}.{config.attention_out}"],
@@ -80,8 +78,8 @@ class LatentAttention:
         index = batch.block_tables, batch.query_start, batch.context_lens
         if batch.max_query_len == 1:
             absorbed = mla_query(q, latent, *turning, self.kv_b)
-            latents = mla_decode(absorbed, keys, *index, self.sizes.kv_lora_rank, self.scale)
-            mixed = head_product(latents, self.values)
+            values = self.sizes.v_head_dim
+            mixed = mla_decode(absorbed, keys, self.kv_b, *index, values, self.scale)
         else:
             q_pe = mla_query(q, latent, *turning, None)
             q = q[..., : self.sizes.qk_nope_head_dim]

@@ -246,14 +246,14 @@ class Rope(NamedTuple):
     slots: Tensor
 
 
-def _bucket(n: int) -> int:
+def bucket(n: int) -> int:
     """1, 16, 64, 256, 1024, ...: sizes that are compiled, and tuned, together."""
     return 1 if n == 1 else max(16, 4 ** -(-(n - 1).bit_length() // 2))
 
 
 def config_key(dim: int, group: int, kv_heads: int, dtype: torch.dtype, batch: int) -> str:
     """The row of a tuning table; ``dtype`` is that of the caches."""
-    return f"d{dim}-g{group}-kv{kv_heads}-{8 * dtype.itemsize}bit-b{_bucket(batch)}"
+    return f"d{dim}-g{group}-kv{kv_heads}-{8 * dtype.itemsize}bit-b{bucket(batch)}"
 
 
 def _rule(block_dim: int, itemsize: int, batch: int) -> Config:
@@ -264,7 +264,7 @@ def _rule(block_dim: int, itemsize: int, batch: int) -> Config:
     return {"tile": tile, "warps": 4, "stages": 3, "programs": programs, "min_keys": min_keys}
 
 
-def _slots(sequences: int, most: int, wanted: int) -> int:
+def slot_count(sequences: int, most: int, wanted: int) -> int:
     """How many parts may be worked on at once, where a sequence has ``most`` of them at most."""
     if sequences == 1:
         return min(wanted, max(1, most))
@@ -292,7 +292,7 @@ def decode(
     heads, dim = q.shape[1:]
     block_size, kv_heads = k_cache.shape[1:3]
     sequences, group = tables.shape[0], heads // kv_heads
-    block_dim, batch = padded_dim(dim), _bucket(sequences)
+    block_dim, batch = padded_dim(dim), bucket(sequences)
     if config is None:
         key = config_key(dim, group, kv_heads, k_cache.dtype, sequences)
         config = tuned("decode", key, q.device) or _rule(block_dim, k_cache.itemsize, batch)
@@ -303,7 +303,7 @@ def decode(
     merge_parts = max(1, min(16, 1024 * warps // (merge_heads * block_dim)))
     programs = kv_heads * -(-group // block_heads)
     wanted = -(-config["programs"] * multiprocessors(q.device) // programs)
-    slots = _slots(sequences, -(-tables.shape[1] * block_size // (tile * min_tiles)), wanted)
+    slots = slot_count(sequences, -(-tables.shape[1] * block_size // (tile * min_tiles)), wanted)
     assert sequences * programs <= COUNT, f"{sequences} sequences, {programs} programs each"
     partial = torch.empty((slots, heads, dim), dtype=torch.float32, device=q.device)
     lse = torch.empty((slots, heads), dtype=torch.float32, device=q.device)

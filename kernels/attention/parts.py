@@ -13,6 +13,21 @@ def tiles_of(context, TILE: tl.constexpr, WINDOW: tl.constexpr):  # type: ignore
 
 
 @triton.jit
+def _shares(  # type: ignore[no-untyped-def]
+    context_lens_ptr, sequences, slots, BLOCK_SEQS: tl.constexpr, MIN_TILES: tl.constexpr,
+    TILE: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Tiles of a part, and the parts beyond the first of every sequence, [BLOCK_SEQS]: their sum
+    fits into the slots beyond the first S."""
+    s = tl.arange(0, BLOCK_SEQS)
+    contexts = tl.load(context_lens_ptr + s, mask=s < sequences, other=0)
+    tiles = tiles_of(contexts, TILE, WINDOW)[1]
+    more = slots - sequences
+    share = tl.maximum((tl.sum(tiles, axis=0) + more - 1) // more, MIN_TILES)
+    return share, tl.maximum((tiles + share - 1) // share - 1, 0)
+
+
+@triton.jit
 def part_of(  # type: ignore[no-untyped-def]
     slot,
     context_lens_ptr,
@@ -38,11 +53,9 @@ def part_of(  # type: ignore[no-untyped-def]
         second = sequence + 1
     else:
         s = tl.arange(0, BLOCK_SEQS)
-        contexts = tl.load(context_lens_ptr + s, mask=s < sequences, other=0)
-        all_tiles = tiles_of(contexts, TILE, WINDOW)[1]
-        more = slots - sequences
-        share = tl.maximum((tl.sum(all_tiles, axis=0) + more - 1) // more, MIN_TILES)
-        further = tl.maximum((all_tiles + share - 1) // share - 1, 0)
+        share, further = _shares(
+            context_lens_ptr, sequences, slots, BLOCK_SEQS, MIN_TILES, TILE, WINDOW
+        )
         sequence = slot
         if slot >= sequences:
             ends = tl.cumsum(further, axis=0)
@@ -53,6 +66,26 @@ def part_of(  # type: ignore[no-untyped-def]
         part = tl.where(slot < sequences, 0, slot - second + 1)
     parts = (tiles + share - 1) // share
     return sequence, context, part, tl.where(part < parts, parts, 0), second
+
+
+@triton.jit
+def parts_of(  # type: ignore[no-untyped-def]
+    sequence, context_lens_ptr, sequences, slots, BLOCK_SEQS: tl.constexpr,
+    MIN_TILES: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """What ``part_of`` gives to ``sequence`` [N] (without windows): its parts, and the row of its
+    second one; the row of its first is itself."""
+    context = tl.load(context_lens_ptr + sequence, mask=sequence < sequences, other=0)
+    tiles = (context + TILE - 1) // TILE
+    if BLOCK_SEQS == 1:
+        share = tl.maximum((tiles + slots - 1) // slots, MIN_TILES)
+        second = sequence + 1
+    else:
+        s = tl.arange(0, BLOCK_SEQS)
+        share, further = _shares(context_lens_ptr, sequences, slots, BLOCK_SEQS, MIN_TILES, TILE, 0)
+        before = s[None, :] < sequence[:, None]
+        second = sequences + tl.sum(tl.where(before, further[None, :], 0), axis=1)
+    return (tiles + share - 1) // share, second
 
 
 @triton.jit

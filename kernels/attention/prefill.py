@@ -19,7 +19,7 @@ from squall.kernels.tuning import Config, tuned
 
 
 @triton.jit
-def _sequence_of(block, query_start_ptr, sequences, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+def sequence_of(block, query_start_ptr, sequences, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
     """The last sequence whose first tile is at most ``block``."""
     origin = tl.load(query_start_ptr)
     low = 0
@@ -135,7 +135,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     columns: tl.constexpr = KV_HEADS * head_blocks
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     block = program // columns
-    sequence, first_block = _sequence_of(block, query_start_ptr, sequences, TOKENS)
+    sequence, first_block = sequence_of(block, query_start_ptr, sequences, TOKENS)
     start = tl.load(query_start_ptr + sequence)
     length = tl.load(query_start_ptr + sequence + 1) - start
     first = (block - first_block) * TOKENS
