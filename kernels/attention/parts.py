@@ -70,22 +70,27 @@ def part_of(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def parts_of(  # type: ignore[no-untyped-def]
-    sequence, context_lens_ptr, sequences, slots, BLOCK_SEQS: tl.constexpr,
+    first, context_lens_ptr, sequences, slots, ROWS: tl.constexpr, BLOCK_SEQS: tl.constexpr,
     MIN_TILES: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """What ``part_of`` gives to ``sequence`` [N] (without windows): its parts, and the row of its
-    second one; the row of its first is itself."""
+    """What ``part_of`` gives to ROWS sequences from ``first`` on (without windows): their parts,
+    and the rows of their second ones; the row of a first part is the sequence's number."""
+    sequence = first + tl.arange(0, ROWS)
     context = tl.load(context_lens_ptr + sequence, mask=sequence < sequences, other=0)
     tiles = (context + TILE - 1) // TILE
     if BLOCK_SEQS == 1:
         share = tl.maximum((tiles + slots - 1) // slots, MIN_TILES)
+        parts = (tiles + share - 1) // share
         second = sequence + 1
     else:
-        s = tl.arange(0, BLOCK_SEQS)
-        share, further = _shares(context_lens_ptr, sequences, slots, BLOCK_SEQS, MIN_TILES, TILE, 0)
-        before = s[None, :] < sequence[:, None]
-        second = sequences + tl.sum(tl.where(before, further[None, :], 0), axis=1)
-    return (tiles + share - 1) // share, second
+        share, all_further = _shares(
+            context_lens_ptr, sequences, slots, BLOCK_SEQS, MIN_TILES, TILE, 0
+        )
+        parts = (tiles + share - 1) // share
+        further = tl.maximum(parts - 1, 0)
+        before = tl.sum(tl.where(tl.arange(0, BLOCK_SEQS) < first, all_further, 0), axis=0)
+        second = sequences + before + tl.cumsum(further, axis=0) - further
+    return parts, second
 
 
 @triton.jit

@@ -45,9 +45,7 @@ def _caches(layout: Layout, dtype: torch.dtype, device: torch.device) -> tuple[T
     return k, v
 
 
-def _indices(
-    blocks: int, batch: int, query: int, context: int, device: torch.device
-) -> list[Index]:
+def indices(blocks: int, batch: int, query: int, context: int, device: torch.device) -> list[Index]:
     """(block_tables, query_start, context_lens) as often as the caches allow, of other blocks each
     time."""
     used = -(-context // BLOCK_SIZE)
@@ -86,8 +84,8 @@ def _decode_problem(
         limits = dim**-0.5, 0, 0.0
         steps = []
         for n in contexts:
-            indices = _indices(k.shape[0], batch, 1, n, device)
-            steps.append(itertools.cycle([(index, _rope(index, n, angles)) for index in indices]))
+            found = indices(k.shape[0], batch, 1, n, device)
+            steps.append(itertools.cycle([(index, _rope(index, n, angles)) for index in found]))
 
         def run(config: Config) -> None:
             for step in steps:
@@ -131,8 +129,8 @@ def _prefill_problem(layout: Layout, dtype: torch.dtype) -> Problem:
         runs = []
         for query, context in PREFILLS:
             q = torch.randn((query, heads, dim), dtype=torch.bfloat16, device=device)
-            indices = itertools.cycle(_indices(k.shape[0], 1, query, context, device))
-            runs.append((q, torch.empty_like(q), indices))
+            found = itertools.cycle(indices(k.shape[0], 1, query, context, device))
+            runs.append((q, torch.empty_like(q), found))
 
         def run(config: Config) -> None:
             for q, out, index in runs:

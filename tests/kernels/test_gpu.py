@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 import pytest
 import torch
 
+from squall.kernels.attention.mla_decode import build_decode, mla_decode
 from squall.kernels.attention.paged import build_batch, paged_attention
 from squall.kernels.attention.prompt import prefill_attention
 from squall.kernels.cases import ERROR_LIMITS, Case, all_cases, relative_error, results
@@ -61,4 +62,25 @@ def test_one_graph_serves_any_context_length(batch: int) -> None:
         out.fill_(float("nan"))
         graph.replay()
         want = paged_attention(*[a.cpu() if isinstance(a, torch.Tensor) else a for a in args])
+        assert relative_error(out, want) <= ERROR_LIMITS[dtype]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 40])
+def test_one_graph_of_latent_attention_serves_any_context_length(batch: int) -> None:
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    longest = tuple((1, 2000 - 7 * i) for i in range(batch))
+    args = build_decode(longest, 16, (512, 128, 64, 128), 32, dtype, device)
+    context_lens = args[5]
+    assert isinstance(context_lens, torch.Tensor)
+    lengths = context_lens.clone()
+    context_lens.fill_(1)
+    mla_decode(*args)  # compile outside the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = mla_decode(*args)
+    for divisor in (1, 3, 50, 2000):
+        context_lens.copy_((lengths // divisor).clamp_min(1))
+        out.fill_(float("nan"))
+        graph.replay()
+        want = mla_decode(*[a.cpu() if isinstance(a, torch.Tensor) else a for a in args])
         assert relative_error(out, want) <= ERROR_LIMITS[dtype]

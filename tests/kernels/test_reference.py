@@ -19,6 +19,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ELSEWHERE = {
     "test_planes": "expand_planes plane_rows plane_gemv plane_gemv_pair plane_gemv_add",
     "test_attention_step": "decode_attention",
+    "test_mla": "mla_query mla_decode mla_prefill gather_latents",
     "test_sample": "sample_tokens_ penalize_ count_tokens_ gather_ids",
 }
 HERE = [

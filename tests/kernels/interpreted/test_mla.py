@@ -11,12 +11,12 @@ CPU, SIZES = torch.device("cpu"), (24, 20, 10, 12)
 ONE, UNEVEN = ((1, 500),), ((1, 200), (1, 1), (0, 0), (1, 0), (1, 450), (0, 40), (1, 33))
 DECODES = (
     (ONE, 3, 16, 16),
-    (ONE, 70, 32, 32),
+    (((1, 200),), 70, 32, 32),
     (((1, 0),), 3, 16, 16),
     (((0, 50), (1, 64)), 3, 16, 16),
-    (UNEVEN, 3, 32, 64),
-    (UNEVEN, 20, 16, 16),
-    (tuple((1, 5 + 9 * i) for i in range(17)), 3, 32, 64),
+    (UNEVEN, 2, 32, 64),
+    (UNEVEN, 1, 16, 16),
+    (tuple((1, 5 + 9 * i) for i in range(17)), 2, 32, 64),
 )
 
 
@@ -35,7 +35,7 @@ def test_parts_are_merged(
     assert relative_error(got, mla_decode.mla_decode_reference(*args)) < 1e-5
 
 
-@pytest.mark.parametrize("piece", [16, 48, 64])
+@pytest.mark.parametrize("piece", [16, 48])
 @pytest.mark.parametrize(
     "lengths",
     [((150, 150),), ((40, 170),), ((1, 40), (33, 33), (35, 35), (90, 130), (9, 20), (50, 50))],
