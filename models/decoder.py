@@ -116,9 +116,7 @@ class Decoder:
     def nbytes(self) -> int:
         """Bytes of the weight matrices; a tied head counts once."""
         blocks = [
-            part.nbytes
-            for block in self.blocks
-            for part in (*block.attention.linears, block.mlp)
+            part.nbytes for block in self.blocks for part in (*block.attention.linears, block.mlp)
         ]
         head = 0 if self.head is self.embedding else self.head.nbytes
         return sum(blocks) + self.embedding.nbytes + head
