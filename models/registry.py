@@ -17,8 +17,8 @@ class Row(NamedTuple):
 ARCHITECTURES: dict[str, Row] = {
     "CohereForCausalLM": Row("cohere", "Command-R"),
     "Cohere2ForCausalLM": Row("cohere2", "Command-R7B, Command A"),
-    "DeepseekV2ForCausalLM": Row("deepseek_v2", "DeepSeek V2 (layers without experts)"),
-    "DeepseekV3ForCausalLM": Row("deepseek_v3", "DeepSeek V3, R1 (layers without experts)"),
+    "DeepseekV2ForCausalLM": Row("deepseek_v2", "DeepSeek V2, V2 Lite, V2.5"),
+    "DeepseekV3ForCausalLM": Row("deepseek_v3", "DeepSeek V3, V3.1, R1"),
     "Ernie4_5ForCausalLM": Row("ernie4_5", "ERNIE 4.5 (dense)"),
     "GemmaForCausalLM": Row("gemma", "Gemma"),
     "Gemma2ForCausalLM": Row("gemma2", "Gemma 2"),

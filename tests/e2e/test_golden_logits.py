@@ -60,6 +60,14 @@ LATENT = {
     "rms_norm_eps": 1e-5,
     "first_k_dense_replace": 3,
 }
+DEEPSEEK_EXPERTS = {
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 12,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "routed_scaling_factor": 1.7,
+}
 MSCALE = {"beta_fast": 4.0, "mscale": 0.707, "mscale_all_dim": 0.707}
 GEMMA_ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
@@ -167,6 +175,21 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "DeepseekV3",
         LATENT | {"q_lora_rank": 36, "rope_parameters": YARN | MSCALE | {"mscale": 1.3}},
     ),
+    "deepseek_v2-experts": ("DeepseekV2", LATENT | DEEPSEEK_EXPERTS),
+    "deepseek_v2-groups": (
+        "DeepseekV2",
+        LATENT
+        | DEEPSEEK_EXPERTS
+        | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    ),
+    "deepseek_v3-experts": (
+        "DeepseekV3",
+        LATENT | DEEPSEEK_EXPERTS | {"n_group": 4, "topk_group": 2, "norm_topk_prob": True},
+    ),
+    "deepseek_v3-one-group": (
+        "DeepseekV3",
+        LATENT | DEEPSEEK_EXPERTS | {"n_group": 1, "topk_group": 1, "norm_topk_prob": False},
+    ),
     "deepseek_v3-halves": (
         "DeepseekV3",
         LATENT | {"rope_interleave": False, "v_head_dim": 40, "attention_bias": True},
@@ -251,6 +274,9 @@ def save_random(folder: Path, family: str, overrides: dict[str, Any]) -> torch.n
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     model.eval().save_pretrained(folder)
     return model
 

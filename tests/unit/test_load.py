@@ -146,6 +146,15 @@ DEEPSEEK: dict[str, Any] = CONFIG | {
 }
 
 
+EXPERTS: dict[str, Any] = {
+    "first_k_dense_replace": 0,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 4,
+}
+V2 = EXPERTS | {"architectures": ["DeepseekV2ForCausalLM"]}
+
+
 def deepseek_tensors() -> dict[str, Tensor]:
     shapes = {
         "q_proj": (10, 8),
@@ -173,7 +182,12 @@ def test_layers_for_multi_token_prediction_are_left_out(tmp_path: Path) -> None:
     [
         ({"qk_rope_head_dim": 3}, "qk_rope_head_dim: 3 is odd"),
         ({"kv_lora_rank": None}, "kv_lora_rank: missing"),
-        ({"first_k_dense_replace": 0}, "0 of 1 layers are dense; layers with experts are not"),
+        ({"first_k_dense_replace": 0}, "num_experts_per_tok: missing"),
+        (EXPERTS | {"n_group": 3}, "n_group: 3 does not divide 8 experts"),
+        (EXPERTS | {"scoring_func": "softmax"}, "'softmax' is not supported; accepted: sigmoid"),
+        (EXPERTS | {"moe_layer_freq": 2}, "moe_layer_freq: only 1 is supported"),
+        (V2 | {"topk_method": "noaux_tc"}, "'noaux_tc' is not known; accepted: greedy, group_lim"),
+        (V2 | {"norm_topk_prob": True}, "norm_topk_prob: is not supported"),
     ],
     ids=lambda value: str(value)[:40],
 )
