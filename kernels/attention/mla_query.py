@@ -306,7 +306,7 @@ def _cases() -> Iterator[Case]:
     yield _case(5, 2, (33, 128, 2, 8), "int32-skip")
     yield _case(0, 4, (32, 16, 8, 16))
     yield _case(9, 3, (24, 20, 10, 12), "rope-skip", aot=BF16)
-    yield _case(2, 2, (512, 128, 64, 128), "rope-int32", aot=BF16)
+    yield _case(2, 2, (512, 128, 64, 128), "rope-int32")
     yield _case(1, 128, _LITE, interpret=False)
     yield _case(64, 16, _LITE, interpret=False, aot=BF16)
     yield _case(1000, 16, _LITE, "rope", interpret=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from squall.kernels.attention import mla_decode, mla_prefill
+from squall.kernels.attention import mla_decode, mla_expanded
 from squall.kernels.attention.tunables import BLOCK_SIZE, CACHE_BYTES, SHARED_BYTES, indices
 from squall.kernels.tuning import Config, Problem, Tunable
 
@@ -74,18 +74,18 @@ def _prefill_problem(heads: int) -> Problem:
             )
             scale = (PLAIN + ROTARY) ** -0.5
             parts: tuple[Tensor, Tensor] = q[..., :PLAIN], q[..., PLAIN:]
-            queries = mla_prefill.Queries(*parts, out, starts, lengths, scale, query)
+            queries = mla_expanded.Queries(*parts, out, starts, lengths, scale, query)
             runs.append((queries, kv, pe, (0, context)))
 
         def run(config: Config) -> None:
             for queries, kv, pe, span in runs:
-                mla_prefill.attend(queries, kv, pe, span, config=config)
+                mla_expanded.attend(queries, kv, pe, span, config=config)
 
         return run
 
     width = heads * (PLAIN + VALUES) + ROTARY
     nbytes = sum(context for _, context in PROMPTS) * width * DTYPE.itemsize
-    key = mla_prefill.config_key(PLAIN, VALUES, DTYPE)
+    key = mla_expanded.config_key(PLAIN, VALUES, DTYPE)
     return Problem(key, nbytes, build, tuple(_prefill_candidates()))
 
 
