@@ -32,6 +32,7 @@ from squall.bench.random_weights import Place as LayerPlace
 from squall.bench.subject import DENSE, Spec, random_model
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.tuning import Problem
+from squall.models.batch import KVCache
 from squall.models.config import DecoderConfig, LayerConfig, RopeConfig
 from squall.runtime.options import EngineOptions
 
@@ -124,6 +125,14 @@ def test_weight_shapes_of_latent_attention() -> None:
     shapes = weight_shapes(case_config("deepseek-v2-lite"), split_values=True)
     assert shapes[:2] == [(16 * 192 + 512 + 64, 2048), (2048, 16 * 128)]
     assert all(columns != 512 for _, columns in shapes)
+
+
+def test_the_cache_of_latent_attention_is_one_latent_a_token() -> None:
+    config = case_config("deepseek-v2-lite")
+    assert config.kv_bytes_per_token(2) == 27 * (512 + 64) * 2
+    cache = KVCache.allocate(2, 3, 16, config.kv_shape, torch.bfloat16, torch.device("cpu"))
+    assert [tuple(keys.shape) for keys in cache.keys] == [(3, 16, 1, 576)] * 2
+    assert cache.nbytes == 2 * 3 * 16 * 576 * 2
 
 
 def test_q4_k_m_gives_more_bits_to_half_of_the_layers() -> None:
