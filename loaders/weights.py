@@ -2,19 +2,13 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from squall.kernels.moe.stack import (
-    BlockStack,
-    DenseStack,
-    ExpertStack,
-    place_experts,
-    stack_dense,
-)
+from squall.kernels.moe.experts import BlockExperts, DenseExperts, Experts, place_experts
 from squall.kernels.quant.base import QuantFormat
 from squall.kernels.weight import BlockWeight, DenseWeight, Weight, place
 from squall.loaders.errors import ModelLoadError
@@ -22,6 +16,7 @@ from squall.loaders.gguf import GGUFFile
 from squall.loaders.gguf_names import NAME_MAPS, unpermute_rows
 from squall.loaders.progress import Advance
 from squall.loaders.safetensors import SafetensorsFolder
+from squall.models.config import MoEConfig
 
 # Tensors older exporters left in checkpoints; they can be derived and no model reads them.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -92,31 +87,42 @@ class SafetensorsWeights(_FileWeights):
     def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._place(self._read(name, shape), torch.float32)
 
-    def experts(
-        self,
-        names: Sequence[str],
-        count: int,
-        rows: int,
-        in_features: int,
-        transposed: bool,
-        interleaved: bool,
-    ) -> ExpertStack:
-        if "{}" in names[0]:
-            shape = (count, len(names) * rows, in_features)
-            data = torch.empty(shape, dtype=self.dtype, device=self.device)
-            for expert, (i, name) in itertools.product(range(count), enumerate(names)):
-                own = self._read(name.format(expert), (rows, in_features))
-                data[expert, i * rows : (i + 1) * rows] = self._place(own, self.dtype)
-            return DenseStack(data)
-        assert len(names) == 1, names
-        shape = (count, in_features, rows) if transposed else (count, rows, in_features)
-        data = self._place(self._read(names[0], shape), self.dtype)
-        if transposed:
-            data = data.transpose(1, 2)
-        return DenseStack(_in_order(data, interleaved).contiguous())
+    def experts(self, prefix: str, moe: MoEConfig, hidden: int) -> Experts:
+        inner, size = moe.intermediate_size, (moe.experts, hidden)
+        up, up_bias = [prefix + name for name in moe.gate_up], None
+        down, down_bias = [prefix + moe.down], None
+        if moe.biases is not None:
+            names = [prefix + name for name in moe.biases]
+            up_bias = _in_order(self._stacked(names[0], size[0], 2 * inner), moe.interleaved)
+            down_bias = self._stacked(names[1], *size)
+        return DenseExperts(
+            _in_order(self._stack(up, size[0], 2 * inner, hidden, moe), moe.interleaved),
+            up_bias,
+            self._stack(down, *size, inner, moe),
+            down_bias,
+        )
 
-    def expert_bias(self, name: str, count: int, rows: int, interleaved: bool) -> Tensor:
-        return _in_order(self._place(self._read(name, (count, rows)), self.dtype), interleaved)
+    def _stack(
+        self, names: list[str], count: int, rows: int, in_features: int, moe: MoEConfig
+    ) -> Tensor:
+        """The tensors ``names`` of all experts, one below the other in each of them:
+        ``[count, rows, in_features]``."""
+        if "{}" not in names[0]:
+            assert len(names) == 1, names
+            if moe.transposed:
+                return (
+                    self._stacked(names[0], count, in_features, rows).transpose(1, 2).contiguous()
+                )
+            return self._stacked(names[0], count, rows, in_features)
+        data = torch.empty((count, rows, in_features), dtype=self.dtype, device=self.device)
+        places = data.view(count, len(names), -1, in_features)
+        for expert, (i, name) in itertools.product(range(count), enumerate(names)):
+            place = places[expert, i]
+            place.copy_(self._place(self._read(name.format(expert), place.shape), self.dtype))
+        return data
+
+    def _stacked(self, name: str, *shape: int) -> Tensor:
+        return self._place(self._read(name, shape), self.dtype)
 
     def finish(self, tied: bool) -> None:
         """ModelLoadError if tensors are left over. A stored copy of a tied head is not."""
@@ -165,34 +171,46 @@ class GGUFWeights(_FileWeights):
     def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._place(self._rows(name, (math.prod(shape),)), torch.float32)
 
-    def experts(
-        self,
-        names: Sequence[str],
-        count: int,
-        rows: int,
-        in_features: int,
-        transposed: bool,
-        interleaved: bool,
-    ) -> ExpertStack:
-        tensors = [own for name in names for own in self._names.expert_tensors(name)]
-        shape = (count, rows * len(names) // len(tensors), in_features)
-        parts = [self._expert_tensor(own, shape) for own in tensors]
-        dense = [data for form, data in parts if form.dtype is not None]
-        if len(dense) == len(parts):
-            return stack_dense([self._place(data.view(shape), self.dtype) for data in dense])
-        for own, (form, _) in zip(tensors, parts, strict=True):
-            if form.dtype is not None:
-                raise ModelLoadError(
-                    f"{self._file.path}: tensor {own} is {form.name}, others beside it are not"
-                )
-        raw = [(form, self._place(data, torch.uint8).view(*shape[:2], -1)) for form, data in parts]
-        return place_experts(BlockStack(tuple(raw)), self.dtype)
+    def experts(self, prefix: str, moe: MoEConfig, hidden: int) -> Experts:
+        inner, count = moe.intermediate_size, moe.experts
+        up = self._expert_tensors(
+            [prefix + name for name in moe.gate_up], (count, 2 * inner, hidden)
+        )
+        down = self._expert_tensors([prefix + moe.down], (count, hidden, inner))
+        up_bias = down_bias = None
+        if moe.biases is not None:
+            names = [prefix + name for name in moe.biases]
+            up_bias = self._dense_parts(self._expert_tensors(names[:1], (count, 2 * inner)))
+            down_bias = self._dense_parts(self._expert_tensors(names[1:], (count, hidden)))
+        forms = {form.name: form.dtype is None for form, _ in (*up, *down)}
+        if not any(forms.values()):
+            return DenseExperts(self._dense_parts(up), up_bias, self._dense_parts(down), down_bias)
+        if not all(forms.values()):
+            raise ModelLoadError(
+                f"{self._file.path}: the experts at {prefix[:-1]} are {', '.join(forms)}; accepted:"
+                " all of them quantised, or none"
+            )
+        blocks = [
+            (form, self._place(raw, torch.uint8).view(count, -1, raw.shape[1]))
+            for form, raw in (*up, *down)
+        ]
+        return place_experts(
+            BlockExperts(tuple(blocks[:-1]), up_bias, blocks[-1], down_bias, self.dtype)
+        )
 
-    def expert_bias(self, name: str, count: int, rows: int, interleaved: bool) -> Tensor:
-        tensors = self._names.expert_tensors(name)
-        shape = (count, rows // len(tensors))
-        parts = [self._expert_tensor(own, shape)[1] for own in tensors]
-        return torch.cat([self._place(part, self.dtype) for part in parts], 1)
+    def _dense_parts(self, parts: list[tuple[QuantFormat, Tensor]]) -> Tensor:
+        """Parts of the output, one below the other in every expert."""
+        placed = [self._place(data, self.dtype) for _, data in parts]
+        return placed[0] if len(placed) == 1 else torch.cat(placed, 1)
+
+    def _expert_tensors(
+        self, names: list[str], shape: tuple[int, ...]
+    ) -> list[tuple[QuantFormat, Tensor]]:
+        """The parts of tensors ``names`` of all experts, which together have ``shape``: dense, or
+        raw bytes ``[experts * rows, row_bytes]``."""
+        tensors = [own for name in names for own in self._names.expert_tensors(name)]
+        rows = shape[1] // len(tensors)
+        return [self._expert_tensor(own, (shape[0], rows, *shape[2:])) for own in tensors]
 
     def _expert_tensor(self, own: str, shape: tuple[int, ...]) -> tuple[QuantFormat, Tensor]:
         """The tensor ``own`` of ``shape``, or, in files that have one for each expert, all of
@@ -207,7 +225,8 @@ class GGUFWeights(_FileWeights):
                 f"{self._file.path}: tensors {stem}.*.{kind} have types {', '.join(forms)}; "
                 "one type is accepted"
             )
-        return parts[0][0], torch.cat([data for _, data in parts])
+        data = torch.cat([data for _, data in parts])
+        return parts[0][0], data if parts[0][0].dtype is None else data.view(shape)
 
     def finish(self) -> None:
         """ModelLoadError if tensors are left over."""

@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from squall.kernels.moe.stack import DenseStack, ExpertStack
+from squall.kernels.moe.experts import DenseExperts, Experts
 from squall.kernels.weight import DenseWeight, Weight
-from squall.models.config import DecoderConfig
+from squall.models.config import DecoderConfig, MoEConfig
 from squall.models.linear import Linear
 from squall.models.norm import LayerNorm, Norm
 
@@ -41,23 +41,8 @@ class WeightSource(Protocol):
         """A small dense tensor, float32."""
         ...
 
-    def experts(
-        self,
-        names: Sequence[str],
-        count: int,
-        rows: int,
-        in_features: int,
-        transposed: bool,
-        interleaved: bool,
-    ) -> ExpertStack:
-        """The tensors ``names`` of ``count`` experts, ``rows`` rows each, one below the other in
-        every expert. ``{}`` in a name stands for the number of an expert; without it the tensor is
-        ``[count, rows, in_features]``, in Hugging Face checkpoints ``[count, in_features, rows]``
-        if ``transposed``, and if ``interleaved`` with the rows of gate and up in turn."""
-        ...
-
-    def expert_bias(self, name: str, count: int, rows: int, interleaved: bool) -> Tensor:
-        """``[count, rows]`` in ``dtype``, gate before up."""
+    def experts(self, prefix: str, moe: MoEConfig, hidden: int) -> Experts:
+        """The experts of a layer; ``prefix`` stands before the names in ``moe``."""
         ...
 
 
@@ -118,16 +103,10 @@ class RandomWeights:
     def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._normal(*shape).float()
 
-    def experts(
-        self,
-        names: Sequence[str],
-        count: int,
-        rows: int,
-        in_features: int,
-        transposed: bool,
-        interleaved: bool,
-    ) -> ExpertStack:
-        return DenseStack(self._normal(count, rows * len(names), in_features))
-
-    def expert_bias(self, name: str, count: int, rows: int, interleaved: bool) -> Tensor:
-        return self._normal(count, rows)
+    def experts(self, prefix: str, moe: MoEConfig, hidden: int) -> Experts:
+        count, inner = moe.experts, moe.intermediate_size
+        gate_up, down = self._normal(count, 2 * inner, hidden), self._normal(count, hidden, inner)
+        biases: list[Tensor | None] = [None, None]
+        if moe.biases is not None:
+            biases = [self._normal(count, rows) for rows in (2 * inner, hidden)]
+        return DenseExperts(gate_up, biases[0], down, biases[1])
