@@ -294,6 +294,10 @@ def _extend_olmo2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _has_head_norms(source: _Source) -> bool:
+    return "blk.0.attn_q_norm.weight" in source.file.tensors
+
+
 def _extend_biased(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     """One switch for all biases."""
     return {"use_bias": config["attention_bias"]}
@@ -312,11 +316,15 @@ def _extend_stablelm(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     return {
         "use_qkv_bias": config["attention_bias"],
         "use_parallel_residual": source.flag("use_parallel_residual"),
+        "qk_layernorm": _has_head_norms(source),
     }
 
 
 def _extend_command_r(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
-    return {"logit_scale": source.positive("logit_scale")}
+    return {
+        "logit_scale": source.positive("logit_scale"),
+        "use_qk_norm": _has_head_norms(source),
+    }
 
 
 def _extend_cohere2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
@@ -388,6 +396,9 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "olmo2": Architecture("Olmo2ForCausalLM", "olmo2", {"hidden_act": "silu"}, _extend_olmo2),
         "ernie4_5": Architecture(
             "Ernie4_5ForCausalLM", "ernie4_5", {"hidden_act": "silu"}, _extend_biased
+        ),
+        "hunyuan-dense": Architecture(
+            "HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense", {"hidden_act": "silu"}
         ),
         "stablelm": Architecture(
             "StableLmForCausalLM",

@@ -125,6 +125,10 @@ NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
             }
         ),
         "ernie4_5": NameMap(block=_BLOCK),
+        "hunyuan-dense": NameMap(
+            block=_BLOCK
+            | {"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"}
+        ),
         "olmo2": NameMap(
             block={k: v for k, v in _BLOCK.items() if k != "input_layernorm"}
             | _QK_NORM
@@ -133,12 +137,15 @@ NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
                 "post_feedforward_layernorm": "post_ffw_norm",
             }
         ),
-        "stablelm": NameMap(block=_BLOCK),
+        "stablelm": NameMap(
+            block=_BLOCK
+            | {"self_attn.q_layernorm": "attn_q_norm", "self_attn.k_layernorm": "attn_k_norm"}
+        ),
         "starcoder2": NameMap(
             block={k: v for k, v in _BLOCK.items() if not k.startswith("mlp.")}
             | {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
         ),
-        "command-r": NameMap(_PARALLEL, _TIED_OUTER),
+        "command-r": NameMap(_PARALLEL | _QK_NORM, _TIED_OUTER),
         "cohere2": NameMap(_PARALLEL, _TIED_OUTER),
         "gemma": NameMap(_BLOCK, _TIED_OUTER, norm_shift=1.0),
         "gemma2": NameMap(_BLOCK | _GEMMA_NORMS, _TIED_OUTER, norm_shift=1.0),

@@ -76,6 +76,13 @@ class SafetensorsWeights(_FileWeights):
     def norm(self, name: str, size: int, offset: float) -> Tensor:
         return self._place(self._read(name, (size,)), torch.float32) + offset
 
+    def head_norms(self, name: str, heads: int, dim: int) -> Tensor:
+        """From one tensor (Command-R), or from one for each head (StableLM)."""
+        if f"{name}.norms.0.weight" not in self._folder:
+            return self._place(self._read(f"{name}.weight", (heads, dim)), torch.float32)
+        rows = [self._read(f"{name}.norms.{i}.weight", (dim,)) for i in range(heads)]
+        return self._place(torch.stack(rows), torch.float32)
+
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
         return DenseWeight(self._place(self._read(name, (out_features, in_features)), self.dtype))
 
@@ -110,6 +117,9 @@ class GGUFWeights(_FileWeights):
     def norm(self, name: str, size: int, offset: float) -> Tensor:
         weight = self._place(self._rows(name, (size,)), torch.float32)
         return weight + (offset - self._names.norm_shift)
+
+    def head_norms(self, name: str, heads: int, dim: int) -> Tensor:
+        return self._place(self._rows(f"{name}.weight", (heads, dim)), torch.float32)
 
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
         rows = self._rows(name, (out_features, in_features))

@@ -86,6 +86,9 @@ class DecoderConfig:
     interleaved_rope: bool = False  # what is rotated together lies side by side in checkpoints
     qk_norm: bool = False
     wide_qk_norm: bool = False  # one norm over all heads of q, one over those of k
+    head_layer_norm: bool = False  # layer norms of the heads of q and k, a weight for each head
+    qk_norm_names: tuple[str, str] = ("q_norm", "k_norm")  # in checkpoints
+    qk_norm_after_rope: bool = False  # that of qk_norm; the others come before it
     layer_norm: bool = False  # layer norms instead of RMS norms
     norm_bias: bool = False  # of layer norms
     norm_offset: float = 0.0  # added to every norm weight of a Hugging Face checkpoint
@@ -95,6 +98,12 @@ class DecoderConfig:
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     wide_range: bool = False  # activations are known to leave float16's range
+
+    @property
+    def longest_position(self) -> int:
+        """The context (tokens) that may be asked for: dynamic ropes stretch beyond the default."""
+        stretched = (r.settings["factor"] for r in self.ropes if r.rule == "dynamic")
+        return int(self.max_position * max(stretched, default=1.0))
 
     @property
     def num_layers(self) -> int:

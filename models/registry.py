@@ -24,6 +24,8 @@ ARCHITECTURES: dict[str, Row] = {
     "GlmForCausalLM": Row("glm", "GLM-4 (2024)"),
     "Glm4ForCausalLM": Row("glm4", "GLM-4 (0414)"),
     "GraniteForCausalLM": Row("granite", "Granite"),
+    "HunYuanDenseV1ForCausalLM": Row("hunyuan_v1_dense", "HunYuan (dense)"),
+    "InternLM3ForCausalLM": Row("internlm3", "InternLM 3"),
     "LlamaForCausalLM": Row("llama", "Llama 2, 3; Falcon 3, SmolLM, R1 distillations"),
     "MinistralForCausalLM": Row("mistral", "Ministral"),
     "MistralForCausalLM": Row("mistral", "Mistral, Nemo"),

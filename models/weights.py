@@ -34,6 +34,10 @@ class WeightSource(Protocol):
         out (Gemma stores w - 1), which GGUF files already contain."""
         ...
 
+    def head_norms(self, name: str, heads: int, dim: int) -> Tensor:
+        """``[heads, dim]`` float32 norm weights of module ``name``, a row for each head."""
+        ...
+
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight: ...
 
 
@@ -87,6 +91,9 @@ class RandomWeights:
 
     def norm(self, name: str, size: int, offset: float) -> Tensor:
         return torch.ones(size, device=self.device)
+
+    def head_norms(self, name: str, heads: int, dim: int) -> Tensor:
+        return torch.ones(heads, dim, device=self.device)
 
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
         return DenseWeight(self._normal(out_features, in_features))

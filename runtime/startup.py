@@ -121,7 +121,7 @@ def _build(
     device = resolve_device(options.device)
     config = checkpoint.config()
     dtype = model_dtype(options.dtype, device, checkpoint)
-    check_length(options, config.max_position)
+    check_length(options, config.longest_position)
     choose_attention(config, dtype, device, options)  # tells a wrong choice before loading
     longest = options.max_seq_len or config.max_position
     model = checkpoint.decoder(device, dtype, longest, progress)
@@ -157,7 +157,8 @@ def start_engine(
         model.use_attention(attend)
     facts = _measure(model, options)
     token_bytes = config.kv_bytes_per_token(model.dtype.itemsize)
-    plan = plan_kv(options, facts, token_bytes, config.max_position)
+    check_length(options, config.longest_position)
+    plan = plan_kv(options, facts, token_bytes, options.max_seq_len or config.max_position)
     cache = _cache(model, plan.blocks, options.pa_blk_size)
     engine = Engine(model, cache, _limits(options, plan, facts))
     if model.device.type == "cuda" and not options.enforce_eager:

@@ -47,6 +47,43 @@ def _scaled(rope: Keys) -> Keys:
     return keys
 
 
+def _hunyuan(config: Config) -> Keys:
+    """The stretched base, and the rule that was used is not told."""
+    rope, dim = config.rope_parameters, _head_dim(config)
+    theta = rope["rope_theta"] * rope["alpha"] ** (dim / (dim - 2))
+    return {"rope.freq_base": theta, "rope.scaling.type": "none", "rope.scaling.factor": 1.0}
+
+
+def _per_layer(config: Config) -> Keys:
+    """Counts as arrays of one for each layer."""
+    layers = config.num_hidden_layers
+    return _rope(config) | {
+        "feed_forward_length": [config.intermediate_size] * layers,
+        "attention.head_count": [config.num_attention_heads] * layers,
+        "attention.head_count_kv": [config.num_key_value_heads] * layers,
+    }
+
+
+def _llama3_factors(config: Config) -> Tensor:
+    """What llama.cpp divides the rotary frequencies by."""
+    rope, dim = config.rope_parameters, _head_dim(config)
+    original, low, high = (
+        rope[name]
+        for name in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    )
+    factors = []
+    for i in range(0, dim, 2):
+        wave = 2 * np.pi * rope["rope_theta"] ** (i / dim)
+        if wave < original / high:
+            factors.append(1.0)
+        elif wave > original / low:
+            factors.append(rope["factor"])
+        else:
+            smooth = (original / wave - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return torch.tensor(factors)
+
+
 def _head_dim(config: Config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
@@ -135,20 +172,27 @@ ROWS: dict[str, tuple[str, Callable[[Config], Keys], dict[str, Any]]] = {
     "llama-biases": ("llama", _rope, {}),
     "llama-rope-linear": ("llama", _rope, {}),
     "llama-rope-yarn": ("llama", _rope, {}),
+    "llama-rope-llama3": ("llama", _rope, {}),
+    "llama-one-kv-head": ("llama", _per_layer, {}),
+    "mistral": ("llama", _rope, {}),
     "qwen2": ("qwen2", _rope, {}),
     "qwen3": ("qwen3", _rope, {}),
     "smollm3": ("smollm3", _rope, {"no_rope_layers": None, **_NO_ROPE_EVERY}),
     "granite": ("granite", _granite, {}),
     "granite-biases": ("granite", _granite, {"attention_multiplier": 0.3}),
+    "hunyuan": ("hunyuan-dense", _rope, {}),
+    "hunyuan-alpha": ("hunyuan-dense", _hunyuan, {}),
     "ernie4_5": ("ernie4_5", _rope, {}),
     "glm4": ("glm4", _partial, {}),
     "olmo2": ("olmo2", _rope, {}),
     "olmo3": ("olmo2", _olmo3, {}),
     "stablelm": ("stablelm", _partial, _TWO_HEADS),
     "stablelm-parallel": ("stablelm", _stablelm, _TWO_HEADS),
+    "stablelm-qk-norm": ("stablelm", _stablelm, _TWO_HEADS),
     "starcoder2": ("starcoder2", _starcoder2, {}),
     "starcoder2-no-biases": ("starcoder2", _rope, {}),
     "cohere": ("command-r", _cohere, {}),
+    "cohere-qk-norm": ("command-r", _cohere, {"attention_bias": False}),
     "cohere2": ("cohere2", _cohere, {}),
     "phi2": ("phi2", _partial, _TWO_HEADS),
     "phi3": ("phi3", _phi3, {}),
@@ -167,13 +211,21 @@ def _permuted(rows: Tensor, heads: int) -> Tensor:
     return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
+def _stacked_norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the norms of the heads of q, and of k, as one matrix (StableLM)."""
+    rows: dict[str, list[Tensor]] = {}
+    for name in [name for name in tensors if ".norms." in name]:
+        rows.setdefault(name.split(".norms.")[0], []).append(tensors.pop(name))
+    return tensors | {f"{name}.weight": torch.stack(parts) for name, parts in rows.items()}
+
+
 def _tensors(model: torch.nn.Module, architecture: str) -> dict[str, Tensor]:
     config = model.config
     kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     tensors = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _stacked_norms(model.state_dict()).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         module = name.split(".")[-2]
@@ -188,14 +240,16 @@ def _tensors(model: torch.nn.Module, architecture: str) -> dict[str, Tensor]:
     if rope.get("rope_type") == "longrope":
         for length in ("long", "short"):
             tensors[f"rope_factors_{length}.weight"] = torch.tensor(rope[f"{length}_factor"])
+    if rope.get("rope_type") == "llama3":
+        tensors["rope_freqs.weight"] = _llama3_factors(config)
     return tensors
 
 
 def _round_to_q8_0(model: torch.nn.Module) -> None:
     """Give every matrix values that Q8_0 holds exactly."""
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "norm" not in name:
                 blocks = gguf.quants.quantize(parameter.numpy(), Q8_0)
                 parameter.copy_(torch.from_numpy(gguf.quants.dequantize(blocks, Q8_0)))
 
@@ -225,12 +279,13 @@ def write_gguf(
             int: writer.add_uint32,
             float: writer.add_float32,
             str: writer.add_string,
+            list: writer.add_array,
         }
         add[type(value)](f"{architecture}.{suffix}", value)
     writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(SIZES["vocab_size"])])
     for name, tensor in _tensors(model, architecture).items():
         data = tensor.float().contiguous().numpy()
-        if quantized and data.ndim == 2:
+        if quantized and data.ndim == 2 and not name.endswith("_norm.weight"):
             writer.add_tensor(name, gguf.quants.quantize(data, Q8_0), raw_dtype=Q8_0)
         else:
             writer.add_tensor(name, data)

@@ -4,6 +4,7 @@ One row an architecture (or a quirk of one). The comparison is in float32, on th
 for the prompt as a whole, in chunks, and token by token.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ LONGROPE = {
     "short_factor": [1.0, 1.1, 1.5, 2.0],
     "long_factor": [1.0, 2.0, 4.0, 7.5],
 }
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 6.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 GEMMA_ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
@@ -63,6 +65,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-rope-llama3": ("Llama", {"rope_parameters": LLAMA3}),
     "llama-rope-linear": ("Llama", {"rope_parameters": LINEAR}),
     "llama-rope-yarn": ("Llama", {"rope_parameters": YARN}),
+    "llama-rope-dynamic": (
+        "Llama",
+        {"rope_parameters": DYNAMIC, "max_position_embeddings": 16},
+    ),
+    "llama-rope-dynamic-short": ("Llama", {"rope_parameters": DYNAMIC}),
+    "internlm3": (
+        "Llama",
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "head_dim": 12,
+            "rope_parameters": DYNAMIC,
+            "max_position_embeddings": 16,
+        },
+    ),
+    "internlm3-qkv-bias": ("Qwen2", {}),
+    "hunyuan": ("HunYuanDenseV1", {"head_dim": 12, "attention_bias": True}),
+    "hunyuan-alpha": (
+        "HunYuanDenseV1",
+        {"head_dim": 12, "rope_parameters": DYNAMIC | {"alpha": 1000.0, "factor": 1.0}},
+    ),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral-window": ("Mistral", {"sliding_window": 7, "head_dim": 16}),
     "qwen2": ("Qwen2", {}),
@@ -128,6 +151,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "StableLm",
         {"use_parallel_residual": True, "num_attention_heads": 3, "num_key_value_heads": 3},
     ),
+    "stablelm-qk-norm": (
+        "StableLm",
+        {
+            "use_parallel_residual": True,
+            "qk_layernorm": True,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+        },
+    ),
+    "cohere-qk-norm": (
+        "Cohere",
+        {"use_qk_norm": True, "attention_bias": True, "tie_word_embeddings": True},
+    ),
     "cohere": ("Cohere", {"logit_scale": 0.5, "tie_word_embeddings": True}),
     "cohere2": (
         "Cohere2",
@@ -187,6 +223,24 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Classes that transformers has not: config.json says what the published files of the class say, and
+# the weights are those of another class with the same arithmetic.
+_INTERNLM3 = {"architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3"}
+REWRITTEN: dict[str, dict[str, Any]] = {
+    "internlm3": _INTERNLM3
+    | {
+        "qkv_bias": True,
+        "bias": True,
+        "attention_bias": None,
+        "mlp_bias": None,
+        "rope_parameters": None,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 6.0},
+    },
+    "internlm3-qkv-bias": _INTERNLM3 | {"qkv_bias": True, "bias": False},
+}
+
+
 def save_random(folder: Path, family: str, overrides: dict[str, Any]) -> torch.nn.Module:
     """A random model with every parameter (norms and biases too) away from its initial value."""
     torch.manual_seed(0)
@@ -204,6 +258,11 @@ def save_random(folder: Path, family: str, overrides: dict[str, Any]) -> torch.n
     return model
 
 
+def rewrite_config(folder: Path, changes: dict[str, Any]) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def load(folder: Path, device: str) -> Decoder:
     checkpoint = Checkpoint(resolve(str(folder)))
     return checkpoint.decoder(torch.device(device), torch.float32, TOKENS, NoProgress())
@@ -214,6 +273,7 @@ def load(folder: Path, device: str) -> Decoder:
 def test_logits_equal_transformers(case: str, device: str, tmp_path: Path) -> None:
     family, overrides = CASES[case]
     reference = save_random(tmp_path, family, overrides)
+    rewrite_config(tmp_path, REWRITTEN.get(case, {}))
     ids = torch.randint(0, SIZES["vocab_size"], (TOKENS,)).tolist()
     with torch.no_grad():
         expected = reference(torch.tensor([ids])).logits[0].float()
