@@ -248,7 +248,7 @@ def _tensors_say(file: GGUFFile) -> dict[str, Any]:
     return {
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
     }
 
 
@@ -317,6 +317,23 @@ def _extend_stablelm(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
         "use_qkv_bias": config["attention_bias"],
         "use_parallel_residual": source.flag("use_parallel_residual"),
         "qk_layernorm": _has_head_norms(source),
+    }
+
+
+def _extend_seed_oss(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    return {"attention_out_bias": "blk.0.attn_output.bias" in source.file.tensors}
+
+
+def _extend_exaone4(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp knows the model with windows by its 64 layers."""
+    layers = config["num_hidden_layers"]
+    window = source.size("attention.sliding_window", 4096 if layers == 64 else 0, minimum=0)
+    if not window:
+        return {}
+    sliding = _sliding_layers(source, layers, period=4)
+    return {
+        "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
+        "sliding_window": window,
     }
 
 
@@ -396,6 +413,20 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "olmo2": Architecture("Olmo2ForCausalLM", "olmo2", {"hidden_act": "silu"}, _extend_olmo2),
         "ernie4_5": Architecture(
             "Ernie4_5ForCausalLM", "ernie4_5", {"hidden_act": "silu"}, _extend_biased
+        ),
+        "arcee": Architecture("ArceeForCausalLM", "arcee", {"hidden_act": "relu2"}),
+        "nemotron": Architecture(
+            "NemotronForCausalLM",
+            "nemotron",
+            {"hidden_act": "relu2"},
+            partial_rotary=True,
+            epsilon="norm_eps",
+        ),
+        "seed_oss": Architecture(
+            "SeedOssForCausalLM", "seed_oss", {"hidden_act": "silu"}, _extend_seed_oss
+        ),
+        "exaone4": Architecture(
+            "Exaone4ForCausalLM", "exaone4", {"hidden_act": "silu"}, _extend_exaone4
         ),
         "hunyuan-dense": Architecture(
             "HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense", {"hidden_act": "silu"}

@@ -36,6 +36,7 @@ _BLOCK = {
 _FUSED = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
 _QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 _PARTS = {*_QKV, "mlp.gate_proj", "mlp.up_proj"}
+_PLAIN = {k: v for k, v in _BLOCK.items() if k != "mlp.gate_proj"}
 _PARALLEL = {k: v for k, v in _BLOCK.items() if k != "post_attention_layernorm"}
 _QK_NORM = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 _GEMMA_NORMS = {
@@ -99,6 +100,14 @@ _LLAMA = NameMap(
         "self_attn.k_proj": "num_key_value_heads",
     },
 )
+_OLMO2 = NameMap(
+    block={k: v for k, v in _BLOCK.items() if k != "input_layernorm"}
+    | _QK_NORM
+    | {
+        "post_attention_layernorm": "post_attention_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    }
+)
 NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
     {
         "llama": _LLAMA,
@@ -125,18 +134,15 @@ NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
             }
         ),
         "ernie4_5": NameMap(block=_BLOCK),
+        "arcee": NameMap(block=_PLAIN, permuted=_LLAMA.permuted),
+        "nemotron": NameMap(block=_PLAIN, norm_shift=1.0),
+        "seed_oss": NameMap(block=_BLOCK | {"post_attention_layernorm": "post_attention_norm"}),
+        "exaone4": _OLMO2,
         "hunyuan-dense": NameMap(
             block=_BLOCK
             | {"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"}
         ),
-        "olmo2": NameMap(
-            block={k: v for k, v in _BLOCK.items() if k != "input_layernorm"}
-            | _QK_NORM
-            | {
-                "post_attention_layernorm": "post_attention_norm",
-                "post_feedforward_layernorm": "post_ffw_norm",
-            }
-        ),
+        "olmo2": _OLMO2,
         "stablelm": NameMap(
             block=_BLOCK
             | {"self_attn.q_layernorm": "attn_q_norm", "self_attn.k_layernorm": "attn_k_norm"}

@@ -4,22 +4,20 @@ from typing import Any
 
 from squall.models.config import Activation, ConfigReader, LayerConfig, RopeConfig
 
-_ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-}
+_GELU: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_GATED: dict[str, Activation] = {"silu": "silu", "swish": "silu", **_GELU}
+_PLAIN: dict[str, Activation] = {"relu2": "relu2", **_GELU}
 
 
 def read_activation(
-    reader: ConfigReader, key: str = "hidden_act", default: str = "silu"
+    reader: ConfigReader, key: str = "hidden_act", default: str = "silu", gated: bool = True
 ) -> Activation:
-    """The gated MLP's activation."""
+    """The activation of an MLP with gate or without."""
+    names = _GATED if gated else _PLAIN
     name = reader.get_str(key, default)
-    if name not in _ACTIVATIONS:
-        raise reader.fail(key, f"{name!r} is not known; accepted: {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+    if name not in names:
+        raise reader.fail(key, f"{name!r} is not known; accepted: {', '.join(names)}")
+    return names[name]
 
 
 def read_heads(reader: ConfigReader) -> dict[str, Any]:

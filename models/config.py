@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "relu2"]
 
 
 class ConfigReader(Protocol):
@@ -72,7 +72,7 @@ class DecoderConfig:
     ropes: tuple[RopeConfig, ...]
     tie_embeddings: bool
     attention_scale: float
-    activation: Activation = "silu"
+    activation: Activation = "silu"  # "relu2", and not "silu", where there is no gate
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False

@@ -1,5 +1,8 @@
 """The dense MLPs, with gate and without."""
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -7,6 +10,16 @@ from squall.models.config import DecoderConfig
 from squall.models.linear import Linear
 from squall.models.norm import Norm
 from squall.models.weights import WeightSource, read_linear
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu2": _relu2,
+}
 
 
 class GatedMLP:
@@ -32,19 +45,19 @@ class GatedMLP:
 
 
 class PlainMLP:
-    """``down(gelu_tanh(up(x)))`` of ``x``, the norm of the stream."""
+    """``down(act(up(x)))`` of ``x``, the norm of the stream."""
 
     def __init__(self, config: DecoderConfig, source: WeightSource, prefix: str) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         assert config.plain_mlp is not None
-        assert config.activation == "gelu_tanh", config.activation
+        self.activation = _PLAIN[config.activation]
         up, down = (f"{prefix}.{name}" for name in config.plain_mlp)
         self.up = read_linear(source, [up], [inner], hidden, bias)
         self.down = read_linear(source, [down], [hidden], inner, bias)
 
     def inner(self, stream: Tensor, norm: Norm | None, eps: float) -> Tensor:
         """What goes into ``down``: ``[T, hidden]`` float32 -> ``[T, intermediate]``."""
-        return F.gelu(self.up.of_norm(stream, norm, eps), approximate="tanh")
+        return self.activation(self.up.of_norm(stream, norm, eps))
 
     @property
     def linears(self) -> tuple[Linear, Linear]:

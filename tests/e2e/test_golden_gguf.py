@@ -54,6 +54,14 @@ def _hunyuan(config: Config) -> Keys:
     return {"rope.freq_base": theta, "rope.scaling.type": "none", "rope.scaling.factor": 1.0}
 
 
+def _exaone4(config: Config) -> Keys:
+    kinds = config.layer_types
+    return _rope(config) | {
+        "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in kinds],
+    }
+
+
 def _per_layer(config: Config) -> Keys:
     """Counts as arrays of one for each layer."""
     layers = config.num_hidden_layers
@@ -162,9 +170,10 @@ def _gemma3(config: Config) -> Keys:
 
 _EPSILONS = {
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
-    "attention.layer_norm_epsilon": ("layer_norm_eps", "norm_epsilon"),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", "norm_epsilon", "norm_eps"),
 }
-_PERMUTED, _SHIFTED = {"llama", "granite", "smollm3"}, {"gemma", "gemma2", "gemma3"}
+_PERMUTED = {"llama", "granite", "smollm3", "arcee"}
+_SHIFTED = {"gemma", "gemma2", "gemma3", "nemotron"}
 # By case of the table of safetensors models: the GGUF architecture, its keys, and what must be
 # another value because the file does not say it.
 ROWS: dict[str, tuple[str, Callable[[Config], Keys], dict[str, Any]]] = {
@@ -180,6 +189,12 @@ ROWS: dict[str, tuple[str, Callable[[Config], Keys], dict[str, Any]]] = {
     "smollm3": ("smollm3", _rope, {"no_rope_layers": None, **_NO_ROPE_EVERY}),
     "granite": ("granite", _granite, {}),
     "granite-biases": ("granite", _granite, {"attention_multiplier": 0.3}),
+    "seed_oss": ("seed_oss", _rope, {}),
+    "seed_oss-qkv-bias": ("seed_oss", _rope, {}),
+    "arcee": ("arcee", _rope, {}),
+    "nemotron": ("nemotron", _partial, {}),
+    "exaone4": ("exaone4", _rope, {}),
+    "exaone4-window": ("exaone4", _exaone4, {}),
     "hunyuan": ("hunyuan-dense", _rope, {}),
     "hunyuan-alpha": ("hunyuan-dense", _hunyuan, {}),
     "ernie4_5": ("ernie4_5", _rope, {}),
@@ -231,7 +246,7 @@ def _tensors(model: torch.nn.Module, architecture: str) -> dict[str, Tensor]:
         module = name.split(".")[-2]
         if architecture in _PERMUTED and module in heads:
             tensor = _permuted(tensor, heads[module])
-        if architecture in _SHIFTED and module.endswith("norm"):
+        if architecture in _SHIFTED and name.endswith("norm.weight"):
             tensor = tensor + 1
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name

@@ -86,6 +86,38 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "HunYuanDenseV1",
         {"head_dim": 12, "rope_parameters": DYNAMIC | {"alpha": 1000.0, "factor": 1.0}},
     ),
+    "seed_oss": ("SeedOss", {"head_dim": 12, "attention_out_bias": True, "mlp_bias": True}),
+    "seed_oss-qkv-bias": ("SeedOss", {"head_dim": 12}),
+    "helium": (
+        "Helium",
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 8, "rms_norm_eps": 1e-8},
+    ),
+    "arcee": ("Arcee", {"mlp_bias": True, "head_dim": 12, "rope_parameters": YARN}),
+    "nemotron": (
+        "Nemotron",
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
+    "exaone4": (
+        "Exaone4",
+        {
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 3,
+            "rope_parameters": LLAMA3,
+        },
+    ),
+    "exaone4-window": (
+        "Exaone4",
+        {"sliding_window": 8, "num_hidden_layers": 5, "rope_parameters": LLAMA3},
+    ),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral-window": ("Mistral", {"sliding_window": 7, "head_dim": 16}),
     "qwen2": ("Qwen2", {}),

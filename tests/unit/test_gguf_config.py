@@ -135,7 +135,7 @@ def test_settings_that_tensors_tell(tmp_path: Path) -> None:
     tensors = {
         "output.weight": np.zeros((50, 64)),
         "blk.0.attn_q.bias": np.zeros(64),
-        "blk.0.ffn_gate.bias": np.zeros(96),
+        "blk.0.ffn_up.bias": np.zeros(96),
         "rope_freqs.weight": np.array(ROPE_FACTORS),
     }
     config = gguf_config(model(tmp_path, "llama", {}, tensors))
@@ -179,7 +179,15 @@ def test_gemma3_attention_scale(tmp_path: Path) -> None:
     assert gguf_config(model(tmp_path, "gemma3", largest))["query_pre_attn_scalar"] == 64 // 4
 
 
-_FULL_EVERY = {"cohere2": 4, "gemma2": 2, "gemma3": 6, "olmo2": 4, "phi3": 13, "starcoder2": 13}
+_FULL_EVERY = {
+    "cohere2": 4,
+    "exaone4": 4,
+    "gemma2": 2,
+    "gemma3": 6,
+    "olmo2": 4,
+    "phi3": 13,
+    "starcoder2": 13,
+}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
