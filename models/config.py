@@ -22,6 +22,10 @@ class ConfigReader(Protocol):
         """Rope settings of one layer type in the flat form ``{rope_type, rope_theta, ...}``."""
         ...
 
+    def sub(self, key: str) -> "ConfigReader":
+        """A reader over a nested object, which must be there."""
+        ...
+
     def fail(self, key: str, message: str) -> Exception:
         """The error to raise for a value that cannot be used."""
         ...

@@ -8,10 +8,12 @@ from squall.models.config import ConfigReader, DecoderConfig
 
 
 class Row(NamedTuple):
-    """``module`` reads the config; ``family`` is for people."""
+    """``module`` reads the config; ``family`` is for people. ``text_part``: a text model within a
+    larger one, whose config is ``text_config``."""
 
     module: str
     family: str
+    text_part: bool = False
 
 
 ARCHITECTURES: dict[str, Row] = {
@@ -23,6 +25,7 @@ ARCHITECTURES: dict[str, Row] = {
     "GemmaForCausalLM": Row("gemma", "Gemma"),
     "Gemma2ForCausalLM": Row("gemma2", "Gemma 2"),
     "Gemma3ForCausalLM": Row("gemma3", "Gemma 3 (text)"),
+    "Gemma3ForConditionalGeneration": Row("gemma3", "Gemma 3 (text part)", text_part=True),
     "GlmForCausalLM": Row("glm", "GLM-4 (2024)"),
     "Glm4ForCausalLM": Row("glm4", "GLM-4 (0414)"),
     "GraniteForCausalLM": Row("granite", "Granite"),
@@ -32,6 +35,9 @@ ARCHITECTURES: dict[str, Row] = {
     "LlamaForCausalLM": Row("llama", "Llama 2, 3; Falcon 3, SmolLM, R1 distillations"),
     "MinistralForCausalLM": Row("mistral", "Ministral"),
     "MistralForCausalLM": Row("mistral", "Mistral, Nemo"),
+    "Mistral3ForConditionalGeneration": Row(
+        "mistral", "Mistral Small 3.1, 3.2 (text part)", text_part=True
+    ),
     "NemotronForCausalLM": Row("nemotron", "Nemotron, Minitron"),
     "Olmo2ForCausalLM": Row("olmo2", "OLMo 2"),
     "Olmo3ForCausalLM": Row("olmo3", "OLMo 3"),
@@ -56,5 +62,7 @@ def read_config(architecture: str, reader: ConfigReader) -> DecoderConfig:
         raise reader.fail(
             "architectures", f"{architecture!r} is not supported{hint}; supported: {known}"
         )
+    if row.text_part:
+        reader = reader.sub("text_config")
     config: DecoderConfig = import_module(f"squall.models.{row.module}").read_config(reader)
     return config

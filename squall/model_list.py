@@ -9,10 +9,13 @@ from rich.table import Table
 from squall.loaders.gguf_config import ARCHITECTURES as GGUF
 from squall.models.registry import ARCHITECTURES
 
-# In GGUF files Mistral and InternLM 3 are Llamas, and OLMo 3 is an OLMo 2 with a window.
+# In GGUF files Mistral and InternLM 3 are Llamas, OLMo 3 is an OLMo 2 with a window, and text parts
+# have a file of their own.
 _SHARED = {
+    "Gemma3ForConditionalGeneration": "gemma3",
     "InternLM3ForCausalLM": "llama",
     "MistralForCausalLM": "llama",
+    "Mistral3ForConditionalGeneration": "llama",
     "Olmo3ForCausalLM": "olmo2",
 }
 _HEAD = ("family", "Hugging Face class", "GGUF architecture")

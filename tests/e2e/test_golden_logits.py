@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from squall.loaders.hub import resolve
 from squall.loaders.load import Checkpoint
@@ -290,6 +291,41 @@ def save_random(folder: Path, family: str, overrides: dict[str, Any]) -> torch.n
     return model
 
 
+# Text parts: the class of the whole model, its text config's class, and what is special about it.
+PARTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Gemma3ForConditionalGeneration": ("Gemma3", "Gemma3Text", CASES["gemma3"][1]),
+    "Mistral3ForConditionalGeneration": ("Mistral3", "Mistral", CASES["mistral-window"][1]),
+}
+TINY_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def save_random_part(folder: Path, case: str, tied: bool) -> torch.nn.Module:
+    """A random model that sees as well."""
+    torch.manual_seed(0)
+    family, text, overrides = PARTS[case]
+    config_class = getattr(transformers, f"{family}Config")
+    settings = SIZES | {"tie_word_embeddings": tied} | overrides
+    config = config_class(
+        text_config=getattr(transformers, f"{text}Config")(**settings),
+        vision_config=TINY_VISION,
+        tie_word_embeddings=tied,
+        mm_tokens_per_image=4,
+    )
+    model = getattr(transformers, case)._from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.eval().save_pretrained(folder)
+    return model
+
+
 def rewrite_config(folder: Path, changes: dict[str, Any]) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -315,3 +351,22 @@ def test_logits_equal_transformers(case: str, device: str, tmp_path: Path) -> No
         found = sequence_logits(model, ids, chunk, block_size=8)
         assert (found - expected).abs().max().item() <= limit, f"chunks of {chunk}"
         assert torch.equal(found.argmax(-1), expected.argmax(-1)), f"chunks of {chunk}"
+
+
+@pytest.mark.parametrize("names", ["published", "new"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("case", PARTS)
+def test_text_parts_equal_transformers(case: str, tied: bool, names: str, tmp_path: Path) -> None:
+    """The text model is found among the parts of a larger one, whatever release named them."""
+    reference = save_random_part(tmp_path, case, tied)
+    if names == "new":
+        path = tmp_path / "model.safetensors"
+        save_file(
+            {k: v for k, v in reference.state_dict().items() if k != "lm_head.weight" or not tied},
+            path,
+        )
+    ids = torch.randint(0, SIZES["vocab_size"], (TOKENS,)).tolist()
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids])).logits[0]
+    found = sequence_logits(load(tmp_path, "cpu"), ids, TOKENS, block_size=8)
+    assert (found - expected).abs().max().item() <= 1e-4 * expected.abs().max().item()
