@@ -225,6 +225,12 @@ class ConfigReader:
                 )
         return value
 
+    def get_each(self, key: str, count: int) -> list[int]:
+        """``count`` integers; a single one is taken for all."""
+        if isinstance(self.data.get(key), list):
+            return self.get_list(key, item=int, length=count)
+        return [self.get_int(key)] * count
+
     def get_dict(
         self, key: str, default: T = MISSING, *, aliases: Sequence[str] = ()
     ) -> dict[str, Any] | T:

@@ -25,6 +25,7 @@ from squall.loaders.tokenizer import Tokenizer
 from squall.loaders.tokenizers.gguf import gguf_tokenizer
 from squall.loaders.tokenizers.hf import hf_tokenizer
 from squall.loaders.weights import GGUFWeights, SafetensorsWeights
+from squall.models.build import build_decoder
 from squall.models.config import DecoderConfig
 from squall.models.decoder import Decoder
 from squall.models.registry import ARCHITECTURES, read_config
@@ -87,13 +88,13 @@ class Checkpoint:
             metadata = gguf_config(self._gguf)
             with progress.phase("load", total, "B") as advance:
                 blocks = GGUFWeights(self._gguf, metadata, dtype, device, advance)
-                model = Decoder(config, blocks, max_len)
+                model = build_decoder(config, blocks, max_len)
                 blocks.finish()
             return model
         folder = self._folder(self._reader())
         with progress.phase("load", folder.nbytes, "B") as advance:
             source = SafetensorsWeights(folder, dtype, device, advance)
-            model = Decoder(config, source, max_len)
+            model = build_decoder(config, source, max_len)
             source.finish(config.tie_embeddings)
         return model
 

@@ -86,6 +86,9 @@ class SafetensorsWeights(_FileWeights):
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
         return DenseWeight(self._place(self._read(name, (out_features, in_features)), self.dtype))
 
+    def skip(self, name: str) -> None:
+        self._used.add(name)
+
     def finish(self, tied: bool) -> None:
         """ModelLoadError if tensors are left over. A stored copy of a tied head is not."""
         names = {n for n in self._folder.names() if not n.endswith(_DERIVED_SUFFIXES)}
@@ -127,6 +130,9 @@ class GGUFWeights(_FileWeights):
         if form.dtype is None:
             return place(BlockWeight(form, self._place(rows, torch.uint8)), self.dtype)
         return DenseWeight(self._place(rows, self.dtype))
+
+    def skip(self, name: str) -> None:
+        self._used.add(self._names.gguf_name(name))
 
     def finish(self) -> None:
         """ModelLoadError if tensors are left over."""

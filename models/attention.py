@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from squall.kernels.attention.decode_step import decode_attention
 from squall.kernels.attention.paged import paged_attention
@@ -43,7 +44,12 @@ class Attention:
         if config.interleaved_rope:
             heads = config.num_heads, config.num_kv_heads
             orders[:2] = (halves_first(n, config.head_dim, rotary, source.device) for n in heads)
-        if config.fused_qkv:
+        self.shares = layer.shares is not None
+        if self.shares:
+            names, sizes, orders = ["q"], [q_size], orders[:1]
+            for name in ("k_proj.weight", "v_proj.weight", "k_norm.weight"):
+                source.skip(f"{prefix}.{name}")
+        elif config.fused_qkv:
             names, sizes, orders = ["qkv"], [sum(sizes)], [None]
         names = [f"{prefix}.{name}_proj" for name in names]
         self.qkv = read_linear(source, names, sizes, config.hidden_size, config.qkv_bias, orders)
@@ -55,14 +61,18 @@ class Attention:
             config.o_bias,
         )
         q_name, k_name = (f"{prefix}.{name}" for name in config.qk_norm_names)
-        self.qk_norm = read_qk_norm(config, source, (q_name, k_name), rotary)
+        self.qk_norm = (
+            None if self.shares else read_qk_norm(config, source, (q_name, k_name), rotary)
+        )
+        self.kv_size = kv_size
         self.q_norm: Tensor | None = None
         self.k_norm: Tensor | None = None
         self.q_factor: Tensor | None = None  # float32 [head_dim], of every turned head of q
         if config.qk_norm:
             offset = config.norm_offset
             self.q_norm = source.norm(f"{q_name}.weight", config.head_dim, offset)
-            self.k_norm = source.norm(f"{k_name}.weight", config.head_dim, offset)
+            if not self.shares:
+                self.k_norm = source.norm(f"{k_name}.weight", config.head_dim, offset)
         if config.qk_norm_after_rope:
             assert self.q_norm is not None
             assert self.k_norm is not None
@@ -78,15 +88,18 @@ class Attention:
         rope: Tensor,
     ) -> Tensor:
         """What goes into ``out``: ``[T, hidden]`` float32 -> ``[T, heads * head_dim]``. Writes this
-        step's keys and values into the cache."""
+        step's keys and values into the cache, unless the layer shares those of another."""
         qkv = self.qkv.of_norm(stream, norm, self.eps)
         if self.qk_norm is not None:
             qkv = self.qk_norm(qkv)
-        rotary = self.q_norm, self.k_norm, self.eps, batch.positions, rope, *cache, batch.slots
+        slots = batch.slots
+        if self.shares:  # turns q alone
+            qkv, slots = F.pad(qkv, (0, 2 * self.kv_size)), torch.full_like(slots, -1)
+        rotary = self.q_norm, self.k_norm, self.eps, batch.positions, rope, *cache, slots
         limits = self.scale, self.window, self.softcap, None
         index = batch.block_tables, batch.query_start, batch.context_lens
         longest = batch.max_query_len, batch.max_context_len
-        fused = self.attend is None and self.q_factor is None
+        fused = self.attend is None and self.q_factor is None and not self.shares
         if fused and batch.max_query_len == 1:
             mixed = decode_attention(qkv, *rotary, *index, batch.max_context_len, *limits)
             return mixed.view(stream.shape[0], -1)

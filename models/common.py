@@ -20,8 +20,9 @@ def read_activation(
     return names[name]
 
 
-def read_heads(reader: ConfigReader) -> dict[str, Any]:
-    """Sizes every GQA decoder has: the ``num_*``, ``head_dim`` and ``*_size`` fields."""
+def read_heads(reader: ConfigReader, intermediate_size: int | None = None) -> dict[str, Any]:
+    """Sizes every GQA decoder has: the ``num_*``, ``head_dim`` and ``*_size`` fields;
+    ``intermediate_size`` where it is read in another way."""
     hidden = reader.get_int("hidden_size")
     heads = reader.get_int("num_attention_heads")
     kv_heads = reader.get_int("num_key_value_heads", heads)
@@ -31,7 +32,7 @@ def read_heads(reader: ConfigReader) -> dict[str, Any]:
     return {
         "vocab_size": reader.get_int("vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": reader.get_int("intermediate_size"),
+        "intermediate_size": intermediate_size or reader.get_int("intermediate_size"),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,

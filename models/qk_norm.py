@@ -1,4 +1,4 @@
-"""Norms of q and k that are more than one RMS norm for all heads, which attention fuses."""
+"""Norms of q, k and v but for one RMS norm of each head of q and of k, which attention fuses."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,14 +12,14 @@ from squall.models.config import DecoderConfig
 from squall.models.rope import halves_first
 from squall.models.weights import WeightSource
 
-# Takes q, k and v side by side, [T, (H + 2 KV) D], and returns them with q and k normed.
+# Takes q, k and v side by side, [T, (H + 2 KV) D], and returns them normed.
 QKNorm = Callable[[Tensor], Tensor]
 
 
 def read_qk_norm(
     config: DecoderConfig, source: WeightSource, names: tuple[str, str], rotary: int
 ) -> QKNorm | None:
-    """What norms q and k before the rope, whose first ``rotary`` elements of a head turn; None if
+    """What norms q, k or v before the rope, whose first ``rotary`` elements of a head turn; None if
     nothing does. ``names`` are those of the modules."""
     heads = config.num_heads, config.num_kv_heads
     dim, eps = config.head_dim, config.norm_eps
@@ -37,7 +37,18 @@ def read_qk_norm(
             each = [weight[:, order] for weight in each]
         plain = torch.ones(dim, device=source.device)
         return partial(_head_layer_norms, weight=torch.cat(each), plain=plain, eps=eps)
+    if config.v_norm:
+        plain = torch.ones(dim, device=source.device)
+        return partial(_value_norms, size=config.num_kv_heads * dim, plain=plain, eps=eps)
     return None
+
+
+def _value_norms(qkv: Tensor, size: int, plain: Tensor, eps: float) -> Tensor:
+    """An RMS norm without weights of each head of v, which are the last ``size`` columns; ``plain``
+    float32 ones ``[D]``."""
+    turned, values = torch.split(qkv, [qkv.shape[1] - size, size], 1)
+    normed = rms_norm(values.reshape(-1, plain.shape[0]), plain, eps, qkv.dtype)
+    return torch.cat((turned, normed.view(-1, size)), 1)
 
 
 def _wide_norms(qkv: Tensor, weights: list[Tensor], eps: float) -> Tensor:

@@ -26,6 +26,8 @@ ARCHITECTURES: dict[str, Row] = {
     "Gemma2ForCausalLM": Row("gemma2", "Gemma 2"),
     "Gemma3ForCausalLM": Row("gemma3", "Gemma 3 (text)"),
     "Gemma3ForConditionalGeneration": Row("gemma3", "Gemma 3 (text part)", text_part=True),
+    "Gemma3nForCausalLM": Row("gemma3n", "Gemma 3n (text)"),
+    "Gemma3nForConditionalGeneration": Row("gemma3n", "Gemma 3n (text part)", text_part=True),
     "GlmForCausalLM": Row("glm", "GLM-4 (2024)"),
     "Glm4ForCausalLM": Row("glm4", "GLM-4 (0414)"),
     "GraniteForCausalLM": Row("granite", "Granite"),

@@ -40,6 +40,10 @@ class WeightSource(Protocol):
 
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight: ...
 
+    def skip(self, name: str) -> None:
+        """A tensor that files may have and the model does not use."""
+        ...
+
 
 def read_linear(
     source: WeightSource,
@@ -97,3 +101,6 @@ class RandomWeights:
 
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
         return DenseWeight(self._normal(out_features, in_features))
+
+    def skip(self, name: str) -> None:
+        pass

@@ -179,7 +179,7 @@ def _limits(options: EngineOptions, plan: KVPlan, facts: MemoryFacts) -> Limits:
 def _cache(model: Decoder, blocks: int, block_size: int) -> KVCache:
     config = model.config
     heads = (config.num_kv_heads, config.head_dim)
-    layers = config.num_layers
+    layers = config.num_caches
     return KVCache.allocate(layers, blocks, block_size, heads, model.dtype, model.device)
 
 
@@ -228,7 +228,11 @@ def _estimate_activations(config: DecoderConfig, tokens: int, seqs: int, itemsiz
     with the sampler's copies (float32)."""
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     widest = 4 * config.hidden_size + max(heads, 3 * config.intermediate_size)
-    return tokens * widest * itemsize + 3 * seqs * config.vocab_size * 4
+    floats = 3 * seqs * config.vocab_size
+    if config.altup:  # its streams before, predicted and after; and each token's inputs
+        inputs = config.num_layers * config.altup.input_size
+        floats += 3 * tokens * (config.altup.streams * config.hidden_size + inputs)
+    return tokens * widest * itemsize + 4 * floats
 
 
 def _template_file(options: EngineOptions) -> Path | None:

@@ -243,6 +243,38 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3Text",
         {"head_dim": 16, "sliding_window": 8, "num_hidden_layers": 7, "query_pre_attn_scalar": 24},
     ),
+    "gemma3n": (
+        "Gemma3nText",
+        {
+            "num_hidden_layers": 7,
+            "layer_types": ["sliding_attention", "full_attention"] * 2
+            + ["sliding_attention", "full_attention", "sliding_attention"],
+            "num_kv_shared_layers": 3,
+            "sliding_window": 8,
+            "head_dim": 16,
+            "intermediate_size": [80, 80, 64, 80, 48, 80, 80],
+            "activation_sparsity_pattern": [0.9, 0.0, 0.5, 0.0, 0.0, 0.7, 0.0],
+            "vocab_size_per_layer_input": 90,
+            "hidden_size_per_layer_input": 12,
+            "laurel_rank": 8,
+            "altup_num_inputs": 3,
+            "altup_active_idx": 1,
+            "rope_parameters": GEMMA_ROPES,
+            "final_logit_softcapping": 20.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3n-unshared": (
+        "Gemma3nText",
+        {
+            "num_hidden_layers": 5,
+            "num_kv_shared_layers": 0,
+            "sliding_window": 8,
+            "vocab_size_per_layer_input": 97,
+            "altup_correct_scale": False,
+            "tie_word_embeddings": True,
+        },
+    ),
     "gemma3-ropes-softcaps": (
         "Gemma3Text",
         {
@@ -369,4 +401,30 @@ def test_text_parts_equal_transformers(case: str, tied: bool, names: str, tmp_pa
     with torch.no_grad():
         expected = reference(torch.tensor([ids])).logits[0]
     found = sequence_logits(load(tmp_path, "cpu"), ids, TOKENS, block_size=8)
+    assert (found - expected).abs().max().item() <= 1e-4 * expected.abs().max().item()
+
+
+def test_the_text_part_of_gemma3n(tmp_path: Path) -> None:
+    """As published: layers that share keys and values have projections of their own all the same,
+    and the text model's names begin with those of the whole."""
+    reference = save_random(tmp_path / "text", *CASES["gemma3n"])
+    text = json.loads((tmp_path / "text" / "config.json").read_text())
+    config = {"architectures": ["Gemma3nForConditionalGeneration"], "text_config": text}
+    folder = tmp_path / "whole"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {
+        name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in reference.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    for name in ("k_proj", "v_proj", "k_norm"):
+        stored = f"model.language_model.layers.0.self_attn.{name}.weight"
+        tensors[stored.replace("layers.0", "layers.6")] = torch.randn_like(tensors[stored])
+    tensors["model.vision_tower.weight"] = torch.ones(3)
+    save_file(tensors, folder / "model.safetensors")
+    ids = torch.randint(0, SIZES["vocab_size"], (TOKENS,)).tolist()
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids])).logits[0]
+    found = sequence_logits(load(folder, "cpu"), ids, TOKENS, block_size=8)
     assert (found - expected).abs().max().item() <= 1e-4 * expected.abs().max().item()

@@ -147,6 +147,16 @@ def test_a_nested_config_leaves_out_what_its_class_defaults_to() -> None:
         reader(text_config={"model_type": "mistral"}).sub("text_config").get_int("vocab_size")
 
 
+def test_one_integer_for_all_or_each() -> None:
+    sizes = reader(one=7, each=[3, 4], bad=[3, "4"])
+    assert sizes.get_each("one", 2) == [7, 7]
+    assert sizes.get_each("each", 2) == [3, 4]
+    with pytest.raises(ModelLoadError, match="each: expected 3 entries, found 2"):
+        sizes.get_each("each", 3)
+    with pytest.raises(ModelLoadError, match=r"bad\[1\]: expected int"):
+        sizes.get_each("bad", 2)
+
+
 def test_checkpoint_dtype() -> None:
     assert checkpoint_dtype(reader(torch_dtype="bfloat16")) == "bfloat16"
     assert checkpoint_dtype(reader(dtype="torch.float16")) == "float16"
