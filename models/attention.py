@@ -64,7 +64,9 @@ class Attention:
         self.qk_norm = (
             None if self.shares else read_qk_norm(config, source, (q_name, k_name), rotary)
         )
-        self.kv_size = kv_size
+        self.growth = config.query_growth
+        assert self.growth is None or not config.qk_norm, "a norm would undo the growth of q"
+        self.q_size, self.kv_size = q_size, kv_size
         self.q_norm: Tensor | None = None
         self.k_norm: Tensor | None = None
         self.q_factor: Tensor | None = None  # float32 [head_dim], of every turned head of q
@@ -93,6 +95,10 @@ class Attention:
         if self.qk_norm is not None:
             qkv = self.qk_norm(qkv)
         slots = batch.slots
+        growth = self.growth
+        if growth is not None and batch.max_context_len > growth.every:
+            steps = torch.floor(batch.positions / growth.every)
+            qkv[:, : self.q_size] *= (1 + growth.beta * torch.log1p(steps))[:, None]
         if self.shares:  # turns q alone
             qkv, slots = F.pad(qkv, (0, 2 * self.kv_size)), torch.full_like(slots, -1)
         rotary = self.q_norm, self.k_norm, self.eps, batch.positions, rope, *cache, slots

@@ -55,6 +55,15 @@ class LayerConfig:
 
 
 @dataclass(frozen=True)
+class QueryGrowth:
+    """Scores grow with the position p of the query by ``1 + beta ln(1 + floor(p / every))``
+    (Llama 4, Ministral 3)."""
+
+    beta: float
+    every: int  # tokens
+
+
+@dataclass(frozen=True)
 class NormNames:
     """The norms of a layer by their names in checkpoints, None for those it has not: before
     attention and MLP, and behind them, before the residual add."""
@@ -112,6 +121,7 @@ class DecoderConfig:
     wide_qk_norm: bool = False  # one norm over all heads of q, one over those of k
     head_layer_norm: bool = False  # layer norms of the heads of q and k, a weight for each head
     qk_norm_names: tuple[str, str] = ("q_norm", "k_norm")  # in checkpoints
+    query_growth: QueryGrowth | None = None
     v_norm: bool = False  # RMS norms of the heads of v, without weights
     qk_norm_after_rope: bool = False  # that of qk_norm; the others come before it
     layer_norm: bool = False  # layer norms instead of RMS norms

@@ -36,9 +36,10 @@ ARCHITECTURES: dict[str, Row] = {
     "InternLM3ForCausalLM": Row("internlm3", "InternLM 3"),
     "LlamaForCausalLM": Row("llama", "Llama 2, 3; Falcon 3, SmolLM, R1 distillations"),
     "MinistralForCausalLM": Row("mistral", "Ministral"),
+    "Ministral3ForCausalLM": Row("mistral", "Ministral 3 (text)"),
     "MistralForCausalLM": Row("mistral", "Mistral, Nemo"),
     "Mistral3ForConditionalGeneration": Row(
-        "mistral", "Mistral Small 3.1, 3.2 (text part)", text_part=True
+        "mistral", "Mistral Small 3.1, Ministral 3 (text part)", text_part=True
     ),
     "NemotronForCausalLM": Row("nemotron", "Nemotron, Minitron"),
     "Olmo2ForCausalLM": Row("olmo2", "OLMo 2"),

@@ -87,6 +87,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "HunYuanDenseV1",
         {"head_dim": 12, "rope_parameters": DYNAMIC | {"alpha": 1000.0, "factor": 1.0}},
     ),
+    "ministral3": (
+        "Ministral3",
+        {
+            "head_dim": 16,
+            "rope_parameters": YARN
+            | {"llama_4_scaling_beta": 0.3, "mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
     "seed_oss": ("SeedOss", {"head_dim": 12, "attention_out_bias": True, "mlp_bias": True}),
     "seed_oss-qkv-bias": ("SeedOss", {"head_dim": 12}),
     "helium": (

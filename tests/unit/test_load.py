@@ -106,6 +106,13 @@ def test_weights_that_do_not_fit(
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"rope_scaling": {"rope_type": "spiral"}}, "'spiral' is not supported; supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised safetensors are not"),
+        (
+            {
+                "architectures": ["MistralForCausalLM"],
+                "rope_parameters": {"llama_4_scaling_beta": 0.1},
+            },
+            "llama_4_scaling_beta needs original_max_position_embeddings",
+        ),
         ({"layer_types": ["full_attention"] * 2}, "2 entries for 1 layers"),
     ],
     ids=lambda value: str(value)[:40],
