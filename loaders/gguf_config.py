@@ -9,6 +9,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from types import MappingProxyType
 from typing import Any
 
@@ -372,6 +373,37 @@ def _extend_gemma3(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+_GEMMA3N_SIZES = {  # rows of tensors
+    "laurel_rank": "blk.0.laurel_l.weight",
+    "vocab_size_per_layer_input": "per_layer_token_embd.weight",
+}
+
+
+def _extend_gemma3n(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    """The sparsity is given as the deviations above the mean from which gates are open."""
+    layers, tensors = config["num_hidden_layers"], source.file.tensors
+    sliding = _sliding_layers(source, layers, period=5)
+    told: dict[str, Any] = {
+        key: tensors[name].shape[0] for key, name in _GEMMA3N_SIZES.items() if name in tensors
+    }
+    if source.has("activation_sparsity_scale"):
+        deviations = source.file.get_list(source.key("activation_sparsity_scale"))
+        if not all(isinstance(value, float) for value in deviations):
+            raise source.fail("activation_sparsity_scale", "is not an array of numbers")
+        told["activation_sparsity_pattern"] = [NormalDist().cdf(value) for value in deviations]
+    shared = source.size("attention.shared_kv_layers", max(0, layers - 20), minimum=0)
+    return told | {
+        "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
+        "sliding_window": source.size("attention.sliding_window"),
+        "rope_local_base_freq": source.positive("rope.freq_base_swa", 10000.0),
+        "final_logit_softcapping": _softcap(source, "final_logit_softcapping", 30.0),
+        "num_kv_shared_layers": shared,
+        "altup_num_inputs": source.size("altup.num_inputs", 4),
+        "altup_active_idx": source.size("altup.active_idx", 0, minimum=0),
+        "hidden_size_per_layer_input": source.size("embedding_length_per_layer_input", 256),
+    }
+
+
 def _sliding_layers(source: _Source, layers: int, period: int) -> list[bool]:
     """Which layers have a window: flags, or all but every n-th layer (by default ``period``)."""
     key = source.key("attention.sliding_window_pattern")
@@ -468,6 +500,12 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             "gemma2",
             {"hidden_activation": "gelu_pytorch_tanh"},
             _extend_gemma2,
+        ),
+        "gemma3n": Architecture(
+            "Gemma3nForCausalLM",
+            "gemma3n_text",
+            {"hidden_activation": "gelu_pytorch_tanh"},
+            _extend_gemma3n,
         ),
         "gemma3": Architecture(
             "Gemma3ForCausalLM",

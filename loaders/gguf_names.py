@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-_PARAMETER = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<module>.+)\.(?P<kind>weight|bias)")
+_PARAMETER = re.compile(  # a parameter that is no module's has no kind
+    r"model\.layers\.(?P<layer>\d+)\.(?P<module>.+?)(\.(?P<kind>weight|bias))?"
+)
 _TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.(?P<module>.+)\.(?P<kind>weight|bias)")
 
 _OUTER = {
@@ -44,6 +46,26 @@ _GEMMA_NORMS = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+_ALTUP = {
+    "altup.correct_output_scale": "altup_correct_scale",
+    "altup.correction_coefs": "altup_correct_coef",
+    "altup.prediction_coefs": "altup_predict_coef",
+    "altup.modality_router": "altup_router",
+    "altup.router_norm": "altup_router_norm",
+    "laurel.linear_left": "laurel_l",
+    "laurel.linear_right": "laurel_r",
+    "laurel.post_laurel_norm": "laurel_post_norm",
+    "per_layer_input_gate": "inp_gate",
+    "per_layer_projection": "proj",
+    "post_per_layer_input_norm": "post_norm",
+}
+_ALTUP_OUTER = {
+    "model.embed_tokens_per_layer": "per_layer_token_embd",
+    "model.per_layer_model_projection": "per_layer_model_proj",
+    "model.per_layer_projection_norm": "per_layer_proj_norm",
+    "model.altup_projections": "altup_proj",
+    "model.altup_unembed_projections": "altup_unembd_proj",
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +74,8 @@ class NameMap:
 
     ``block`` and ``outer`` map modules (names without ``.weight`` / ``.bias``), inside the layers
     and outside. ``permuted`` maps the block modules whose rows llama.cpp reorders for its
-    adjacent-pair rope to the config key with their number of heads. ``norm_shift`` is what the
+    adjacent-pair rope to the config key with their number of heads. ``stacks`` are outer modules of
+    which there are several, numbered, in one tensor. ``norm_shift`` is what the
     converter added to every norm weight. ``consumed`` are tensors that are no parameters: the
     config carries what they say.
     """
@@ -60,6 +83,7 @@ class NameMap:
     block: Mapping[str, str]
     outer: Mapping[str, str] = field(default_factory=lambda: _OUTER)
     permuted: Mapping[str, str] = field(default_factory=dict)
+    stacks: frozenset[str] = frozenset()
     norm_shift: float = 0.0
     consumed: frozenset[str] = frozenset(
         {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
@@ -72,9 +96,17 @@ class NameMap:
         """
         match = _PARAMETER.fullmatch(parameter)
         if match:
-            return f"blk.{match['layer']}.{self.block[match['module']]}.{match['kind']}"
+            name = f"blk.{match['layer']}.{self.block[match['module']]}"
+            return f"{name}.{match['kind'] or 'weight'}"
         module, _, kind = parameter.rpartition(".")
+        if self.place_in_stack(parameter) is not None:
+            module = module.rpartition(".")[0]
         return f"{self.outer[module]}.{kind}"
+
+    def place_in_stack(self, parameter: str) -> int | None:
+        """Which of the matrices of its tensor a parameter is; None where the tensor is one."""
+        stem, _, place = parameter.rpartition(".")[0].rpartition(".")
+        return int(place) if stem in self.stacks else None
 
     def parameter_name(self, tensor: str) -> str | None:
         """The inverse of ``gguf_name``; None for a tensor that is no parameter."""
@@ -155,6 +187,11 @@ NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
         "cohere2": NameMap(_PARALLEL, _TIED_OUTER),
         "gemma": NameMap(_BLOCK, _TIED_OUTER, norm_shift=1.0),
         "gemma2": NameMap(_BLOCK | _GEMMA_NORMS, _TIED_OUTER, norm_shift=1.0),
+        "gemma3n": NameMap(
+            block=_BLOCK | _QK_NORM | _GEMMA_NORMS | _ALTUP,
+            outer=_TIED_OUTER | _ALTUP_OUTER,
+            stacks=frozenset({"model.altup_projections", "model.altup_unembed_projections"}),
+        ),
         "gemma3": NameMap(block=_BLOCK | _QK_NORM | _GEMMA_NORMS, norm_shift=1.0),
     }
 )

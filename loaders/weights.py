@@ -145,11 +145,16 @@ class GGUFWeights(_FileWeights):
         if own not in self._file.tensors:
             raise ModelLoadError(f"{self._file.path}: tensor {own} is missing")
         tensor = self._file.tensors[own]
-        _check_shape(str(self._file.path), own, tensor.shape, shape)
+        place = self._names.place_in_stack(name)
+        count = 0 if place is None else max(tensor.shape[0], place + 1)
+        wanted = shape if place is None else (count, *shape)
+        _check_shape(str(self._file.path), own, tensor.shape, wanted)
         if len(shape) == 1 and tensor.format.dtype is None:
             found = tensor.format.name
             raise ModelLoadError(f"{self._file.path}: tensor {own} is {found}, expected floats")
         self._used.add(own)
         rows = self._file.raw(own) if tensor.format.dtype is None else self._file.dense(own)
+        if place is not None:
+            rows = rows.reshape(count, shape[0], -1)[place]
         heads = self._names.permuted_heads(name, self._config)
         return unpermute_rows(rows, heads) if heads else rows

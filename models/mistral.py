@@ -1,5 +1,5 @@
-"""Mistral: Llama with a sliding window on every layer when ``sliding_window`` is set, and scores that
-grow with the position in Ministral 3."""
+"""Mistral: Llama with a sliding window on every layer when ``sliding_window`` is set. Ministral 3:
+scores that grow with the position too."""
 
 from dataclasses import replace
 

@@ -13,6 +13,7 @@ from squall.models.registry import ARCHITECTURES
 # have a file of their own.
 _SHARED = {
     "Gemma3ForConditionalGeneration": "gemma3",
+    "Gemma3nForConditionalGeneration": "gemma3n",
     "InternLM3ForCausalLM": "llama",
     "MistralForCausalLM": "llama",
     "Mistral3ForConditionalGeneration": "llama",

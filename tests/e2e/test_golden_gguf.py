@@ -6,6 +6,7 @@ k in another order, norms plus one, settings under other names) is written down 
 that the loader is not compared with itself.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ Keys = dict[str, Any]
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 WHOLE_BLOCKS = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 96}
+_WHOLE_ALTUP = {
+    "intermediate_size": 96,
+    "hidden_size_per_layer_input": 32,
+    "laurel_rank": 32,
+}
 _TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}  # of any hidden size
 # What llama.cpp has in its code and not in the file.
 _NO_ROPE_EVERY = {"num_hidden_layers": 4, "no_rope_layer_interval": 4}
@@ -168,6 +174,18 @@ def _gemma3(config: Config) -> Keys:
     return keys
 
 
+def _gemma3n(config: Config) -> Keys:
+    sparsity = torch.tensor(config.activation_sparsity_pattern)
+    return _gemma3(config) | {
+        "attention.sliding_window_pattern": [k == "sliding_attention" for k in config.layer_types],
+        "attention.shared_kv_layers": config.num_kv_shared_layers,
+        "altup.active_idx": config.altup_active_idx,
+        "altup.num_inputs": config.altup_num_inputs,
+        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "activation_sparsity_scale": torch.special.ndtri(sparsity).tolist(),
+    }
+
+
 _EPSILONS = {
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
     "attention.layer_norm_epsilon": ("layer_norm_eps", "norm_epsilon", "norm_eps"),
@@ -217,6 +235,7 @@ ROWS: dict[str, tuple[str, Callable[[Config], Keys], dict[str, Any]]] = {
     "gemma": ("gemma", _rope, {}),
     "gemma2": ("gemma2", _gemma2, {"query_pre_attn_scalar": 16, "tie_word_embeddings": True}),
     "gemma3": ("gemma3", _gemma3, {"query_pre_attn_scalar": 16}),
+    "gemma3n": ("gemma3n", _gemma3n, _WHOLE_ALTUP),
     "gemma3-ropes-softcaps": ("gemma3", _gemma3, {"query_pre_attn_scalar": 32}),
 }
 
@@ -226,11 +245,14 @@ def _permuted(rows: Tensor, heads: int) -> Tensor:
     return rows.view(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
-def _stacked_norms(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With the norms of the heads of q, and of k, as one matrix (StableLM)."""
+def _stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With what is numbered in one tensor: the norms of the heads of q, and of k (StableLM), and
+    the projections between streams (Gemma 3n)."""
     rows: dict[str, list[Tensor]] = {}
-    for name in [name for name in tensors if ".norms." in name]:
-        rows.setdefault(name.split(".norms.")[0], []).append(tensors.pop(name))
+    for name in list(tensors):
+        numbered = re.fullmatch(r"(.+?)(\.norms)?\.\d+\.weight", name)
+        if numbered:
+            rows.setdefault(numbered[1], []).append(tensors.pop(name))
     return tensors | {f"{name}.weight": torch.stack(parts) for name, parts in rows.items()}
 
 
@@ -240,7 +262,7 @@ def _tensors(model: torch.nn.Module, architecture: str) -> dict[str, Tensor]:
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     tensors = {}
-    for name, tensor in _stacked_norms(model.state_dict()).items():
+    for name, tensor in _stacked(model.state_dict()).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         module = name.split(".")[-2]
@@ -248,6 +270,8 @@ def _tensors(model: torch.nn.Module, architecture: str) -> dict[str, Tensor]:
             tensor = _permuted(tensor, heads[module])
         if architecture in _SHIFTED and name.endswith("norm.weight"):
             tensor = tensor + 1
+        if name.endswith("_scale"):
+            name += ".weight"
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
         tensors[found] = tensor
@@ -260,11 +284,16 @@ def _tensors(model: torch.nn.Module, architecture: str) -> dict[str, Tensor]:
     return tensors
 
 
+def _kept(name: str) -> bool:
+    """Whether llama.cpp leaves a matrix as it is."""
+    return any(part in name for part in ("norm", "altup", "laurel", "per_layer_model_proj"))
+
+
 def _round_to_q8_0(model: torch.nn.Module) -> None:
     """Give every matrix values that Q8_0 holds exactly."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "norm" not in name:
+            if parameter.dim() == 2 and not _kept(name):
                 blocks = gguf.quants.quantize(parameter.numpy(), Q8_0)
                 parameter.copy_(torch.from_numpy(gguf.quants.dequantize(blocks, Q8_0)))
 
@@ -300,7 +329,7 @@ def write_gguf(
     writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(SIZES["vocab_size"])])
     for name, tensor in _tensors(model, architecture).items():
         data = tensor.float().contiguous().numpy()
-        if quantized and data.ndim == 2 and not name.endswith("_norm.weight"):
+        if quantized and data.ndim == 2 and not _kept(name):
             writer.add_tensor(name, gguf.quants.quantize(data, Q8_0), raw_dtype=Q8_0)
         else:
             writer.add_tensor(name, data)

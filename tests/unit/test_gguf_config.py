@@ -184,6 +184,7 @@ _FULL_EVERY = {
     "exaone4": 4,
     "gemma2": 2,
     "gemma3": 6,
+    "gemma3n": 5,
     "olmo2": 4,
     "phi3": 13,
     "starcoder2": 13,
@@ -197,7 +198,7 @@ def test_configs_are_read_by_the_models(tmp_path: Path, architecture: str) -> No
     decoder = read_config(config["architectures"][0], ConfigReader(config, file.path))
     assert (decoder.num_layers, decoder.num_heads, decoder.num_kv_heads) == (12, 4, 2)
     assert (decoder.head_dim, decoder.vocab_size, decoder.tie_embeddings) == (16, 50, True)
-    assert decoder.attention_scale == pytest.approx(16**-0.5)
+    assert decoder.attention_scale == pytest.approx(1 if architecture == "gemma3n" else 16**-0.5)
     full = _FULL_EVERY.get(architecture, 1)  # each n-th layer sees all
     windows = [layer.window for layer in decoder.layers]
     assert windows == [0 if (i + 1) % full == 0 else 64 for i in range(12)]
