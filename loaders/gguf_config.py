@@ -280,6 +280,10 @@ def _extend_granite(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _extend_olmo(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    return {"clip_qkv": source.file.get_float(source.key("attention.clamp_kqv"), 0.0) or None}
+
+
 def _extend_olmo2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     """With a window it is OLMo 3."""
     window = source.size("attention.sliding_window", 0, minimum=0)
@@ -441,6 +445,13 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
         "glm4": Architecture(
             "Glm4ForCausalLM", "glm4", {"hidden_act": "silu"}, partial_rotary=True
+        ),
+        "olmo": Architecture(
+            "OlmoForCausalLM",
+            "olmo",
+            {"hidden_act": "silu"},
+            _extend_olmo,
+            epsilon="layer_norm_eps",
         ),
         "olmo2": Architecture("Olmo2ForCausalLM", "olmo2", {"hidden_act": "silu"}, _extend_olmo2),
         "ernie4_5": Architecture(

@@ -174,6 +174,11 @@ NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
             block=_BLOCK
             | {"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"}
         ),
+        "olmo": NameMap(
+            block={k: v for k, v in _BLOCK.items() if not k.endswith("layernorm")},
+            outer={"model.embed_tokens": "token_embd", "lm_head": "output"},
+            permuted=_LLAMA.permuted,
+        ),
         "olmo2": _OLMO2,
         "stablelm": NameMap(
             block=_BLOCK

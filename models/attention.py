@@ -35,6 +35,7 @@ class Attention:
         self.window = layer.window
         self.softcap = config.attention_softcap
         self.eps = config.norm_eps
+        self.clip = config.qkv_clip
         self.attend: Attend | None = None  # what the user chose instead of what is fastest
         q_size = config.num_heads * config.head_dim
         kv_size = config.num_kv_heads * config.head_dim
@@ -92,6 +93,8 @@ class Attention:
         """What goes into ``out``: ``[T, hidden]`` float32 -> ``[T, heads * head_dim]``. Writes this
         step's keys and values into the cache, unless the layer shares those of another."""
         qkv = self.qkv.of_norm(stream, norm, self.eps)
+        if self.clip:
+            qkv = qkv.clamp(-self.clip, self.clip)
         if self.qk_norm is not None:
             qkv = self.qk_norm(qkv)
         slots = batch.slots

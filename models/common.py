@@ -6,7 +6,7 @@ from squall.models.config import Activation, ConfigReader, LayerConfig, RopeConf
 
 _GELU: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _GATED: dict[str, Activation] = {"silu": "silu", "swish": "silu", **_GELU}
-_PLAIN: dict[str, Activation] = {"relu2": "relu2", **_GELU}
+_PLAIN: dict[str, Activation] = {"relu2": "relu2", "xielu": "xielu", **_GELU}
 
 
 def read_activation(

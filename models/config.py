@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-Activation = Literal["silu", "gelu_tanh", "relu2"]
+Activation = Literal["silu", "gelu_tanh", "relu2", "xielu"]
 
 
 class ConfigReader(Protocol):
@@ -105,8 +105,9 @@ class DecoderConfig:
     ropes: tuple[RopeConfig, ...]
     tie_embeddings: bool
     attention_scale: float
-    activation: Activation = "silu"  # "relu2", and not "silu", where there is no gate
+    activation: Activation = "silu"  # without a gate also "relu2", "xielu"; not "silu"
     qkv_bias: bool = False
+    qkv_clip: float = 0.0  # q, k, v are kept within this of zero; 0: not
     o_bias: bool = False
     mlp_bias: bool = False
     parallel: bool = False  # attention and MLP read the same stream
@@ -126,6 +127,7 @@ class DecoderConfig:
     qk_norm_after_rope: bool = False  # that of qk_norm; the others come before it
     layer_norm: bool = False  # layer norms instead of RMS norms
     norm_bias: bool = False  # of layer norms
+    plain_norms: bool = False  # layer norms without weights
     norm_offset: float = 0.0  # added to every norm weight of a Hugging Face checkpoint
     norms: NormNames = NormNames()
     embedding_scale: float = 1.0

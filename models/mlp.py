@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,6 +21,25 @@ _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu2": _relu2,
 }
+
+
+class XIELU:
+    """xIELU (Huang 2024, arXiv:2411.13010), with two learned slopes; those stored are behind a
+    softplus."""
+
+    BETA, LEAST = 0.5, -1e-6  # checkpoints repeat them
+
+    def __init__(self, source: WeightSource, prefix: str) -> None:
+        slopes = (source.vector(f"{prefix}.act_fn.alpha_{sign}", 1) for sign in "pn")
+        self.positive, self.negative = (F.softplus(slope.float()) for slope in slopes)
+        for name in ("beta", "eps"):
+            source.skip(f"{prefix}.act_fn.{name}")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        z = x.float()
+        right = self.positive * z.square()
+        left = (torch.expm1(z.clamp(max=self.LEAST)) - z) * (self.BETA + self.negative)
+        return (torch.where(z > 0, right, left) + self.BETA * z).to(x.dtype)
 
 
 class GatedMLP:
@@ -50,7 +70,8 @@ class PlainMLP:
     def __init__(self, config: DecoderConfig, source: WeightSource, prefix: str) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         assert config.plain_mlp is not None
-        self.activation = _PLAIN[config.activation]
+        xielu = config.activation == "xielu"
+        self.activation = XIELU(source, prefix) if xielu else _PLAIN[config.activation]
         up, down = (f"{prefix}.{name}" for name in config.plain_mlp)
         self.up = read_linear(source, [up], [inner], hidden, bias)
         self.down = read_linear(source, [down], [hidden], inner, bias)

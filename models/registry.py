@@ -17,6 +17,7 @@ class Row(NamedTuple):
 
 
 ARCHITECTURES: dict[str, Row] = {
+    "ApertusForCausalLM": Row("apertus", "Apertus"),
     "ArceeForCausalLM": Row("arcee", "Arcee AFM"),
     "CohereForCausalLM": Row("cohere", "Command-R"),
     "Cohere2ForCausalLM": Row("cohere2", "Command-R7B, Command A"),
@@ -42,6 +43,7 @@ ARCHITECTURES: dict[str, Row] = {
         "mistral", "Mistral Small 3.1, Ministral 3 (text part)", text_part=True
     ),
     "NemotronForCausalLM": Row("nemotron", "Nemotron, Minitron"),
+    "OlmoForCausalLM": Row("olmo", "OLMo (1)"),
     "Olmo2ForCausalLM": Row("olmo2", "OLMo 2"),
     "Olmo3ForCausalLM": Row("olmo3", "OLMo 3"),
     "PhiForCausalLM": Row("phi", "Phi 1, 1.5, 2"),

@@ -70,6 +70,8 @@ def read_linear(
 
 def read_norm(source: WeightSource, config: DecoderConfig, name: str) -> Norm:
     """A norm over the hidden size; ``name`` is that of the module."""
+    if config.plain_norms:
+        return LayerNorm(torch.ones(config.hidden_size, device=source.device), None)
     weight = source.norm(f"{name}.weight", config.hidden_size, config.norm_offset)
     if not config.layer_norm:
         return weight

@@ -152,6 +152,13 @@ def _cohere(config: Config) -> Keys:
     return keys
 
 
+def _olmo(config: Config) -> Keys:
+    keys = _rope(config) | {"attention.layer_norm_epsilon": 1e-5}
+    if config.clip_qkv:
+        keys["attention.clamp_kqv"] = config.clip_qkv
+    return keys
+
+
 def _olmo3(config: Config) -> Keys:
     window = {"attention.sliding_window": config.sliding_window}
     return _scaled(config.rope_parameters["full_attention"]) | window
@@ -190,7 +197,7 @@ _EPSILONS = {
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
     "attention.layer_norm_epsilon": ("layer_norm_eps", "norm_epsilon", "norm_eps"),
 }
-_PERMUTED = {"llama", "granite", "smollm3", "arcee"}
+_PERMUTED = {"llama", "granite", "smollm3", "arcee", "olmo"}
 _SHIFTED = {"gemma", "gemma2", "gemma3", "nemotron"}
 # By case of the table of safetensors models: the GGUF architecture, its keys, and what must be
 # another value because the file does not say it.
@@ -217,6 +224,8 @@ ROWS: dict[str, tuple[str, Callable[[Config], Keys], dict[str, Any]]] = {
     "hunyuan-alpha": ("hunyuan-dense", _hunyuan, {}),
     "ernie4_5": ("ernie4_5", _rope, {}),
     "glm4": ("glm4", _partial, {}),
+    "olmo": ("olmo", _olmo, {"attention_bias": False}),
+    "olmo-unclipped": ("olmo", _olmo, {}),
     "olmo2": ("olmo2", _rope, {}),
     "olmo3": ("olmo2", _olmo3, {}),
     "stablelm": ("stablelm", _partial, _TWO_HEADS),

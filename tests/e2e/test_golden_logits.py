@@ -101,6 +101,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Helium",
         {"attention_bias": True, "mlp_bias": True, "head_dim": 8, "rms_norm_eps": 1e-8},
     ),
+    "apertus": (
+        "Apertus",
+        {"attention_bias": True, "rope_parameters": LLAMA3, "dtype": torch.float32},
+    ),
+    "olmo": ("Olmo", {"clip_qkv": 0.5, "attention_bias": True}),
+    "olmo-unclipped": ("Olmo", {}),
     "arcee": ("Arcee", {"mlp_bias": True, "head_dim": 12, "rope_parameters": YARN}),
     "nemotron": (
         "Nemotron",
