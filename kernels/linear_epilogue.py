@@ -17,8 +17,9 @@ from squall.kernels.lang import tl, triton
 class Epilogue:
     """``out = act(product + bias)``, or ``out += product + bias``.
 
-    ``out`` is ``[M, F]`` with dense columns: F is N, or N / 2 where ``activation`` ("silu",
-    "gelu_tanh") is not "none". ``bias`` is ``[N]`` or None. With ``add``, ``out`` is float32.
+    ``out`` is ``[M, F]`` with dense columns: F is N, or N / 2 where ``activation`` (see
+    :mod:`squall.kernels.activation`) is not "none". ``bias`` is ``[N]`` or None.
+    With ``add``, ``out`` is float32.
     """
 
     out: Tensor
@@ -74,6 +75,9 @@ def gate(z, up, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
     if ACTIVATION == "gelu_tanh":
         # 0.5 * (1 + tanh(u)) is sigmoid(2u), and 1.5957691216 is 2 * sqrt(2 / pi).
         y = z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z)) * up
+    elif ACTIVATION == "clamped_silu":
+        z = tl.minimum(z, 7.0)
+        y = z * tl.sigmoid(1.702 * z) * (tl.minimum(tl.maximum(up, -7.0), 7.0) + 1.0)
     else:
         tl.static_assert(ACTIVATION == "silu")
         y = z * tl.sigmoid(z) * up

@@ -7,6 +7,9 @@
 ``w [N, K]``, K a multiple of 8 and at most 32,768, rows aligned to 16 bytes; the epilogue is
 ``linear_epilogue.Epilogue``. All sums are float32. x' is not rounded before it is multiplied.
 
+With experts, ``w`` is ``[E, N, K]`` and a row of the result is the product of a row of x with the
+expert that ``ids`` (int32 ``[P]``) names: row ``i`` of ``[P, F]`` takes row ``i // share`` of x.
+
 Only the weight's bytes count here, so nothing else may be read often: as many programs as the GPU
 holds at once keep all of x in registers and walk over the rows of the weight, a tile of rows in
 flight while the one before is summed. The norm's factor is applied to the finished sum, so x and
@@ -24,7 +27,7 @@ from torch import Tensor
 from squall.kernels.lang import next_power_of_2, tl, triton
 from squall.kernels.launch import kernel
 from squall.kernels.linear_epilogue import Epilogue, finish_row, weight_rows
-from squall.kernels.op import multiprocessors
+from squall.kernels.op import dependent_launch, multiprocessors
 from squall.kernels.tuning import Config
 
 MAX_K = 32768
@@ -68,6 +71,7 @@ def _gemv_kernel(  # type: ignore[no-untyped-def]
     w_ptr,
     bias_ptr,
     y_ptr,
+    ids_ptr,
     features,
     w_stride,
     eps,
@@ -78,17 +82,30 @@ def _gemv_kernel(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr,
     BF16: tl.constexpr,
     PDL: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
-    """Grid (programs,), any number. ``w`` and ``w_stride`` are in int32 words; WORDS >= K / 2."""
+    """Grid (programs, rows of the result), any number of programs; without ``ids_ptr`` one row.
+    ``w`` and ``w_stride`` are in int32 words; WORDS >= K / 2."""
     GATED: tl.constexpr = ACTIVATION != "none"
     OUT: tl.constexpr = TILE // 2 if GATED else TILE
+    if ids_ptr is not None:  # which weight it is has to be waited for
+        if PDL:
+            tl.extra.cuda.gdc_launch_dependents()
+            tl.extra.cuda.gdc_wait()
+        pair = tl.program_id(1).to(tl.int64)
+        first_row = tl.load(ids_ptr + pair).to(tl.int64) * (features * (2 if GATED else 1))
+        x_ptr += pair // SHARE * K
+        y_ptr += pair * features
+        w_ptr += first_row * w_stride
+        if bias_ptr is not None:
+            bias_ptr += first_row
     tiles = (features + OUT - 1) // OUT
     step = tl.num_programs(0)
     tile = tl.program_id(0)
     word = tl.arange(0, WORDS)
     inside = word < K // 2
     first = _load_rows(w_ptr, tile, tiles, features, w_stride, word, inside, TILE, GATED)
-    if PDL:
+    if PDL and ids_ptr is None:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
 
@@ -133,6 +150,13 @@ def rule(k: int) -> Config:
     return {"gemv": 1, "rows": 2, "warps": warps, "programs": max(1, 16 // warps), "pdl": 0}
 
 
+def expert_rule(k: int) -> Config:
+    """Launch parameters for products with experts: 8 words of x a thread, so that many programs
+    have their first tile under way."""
+    warps = min(16, max(1, next_power_of_2(k // 2) // 256))
+    return {"rows": 4, "warps": warps, "programs": max(1, 32 // warps)}
+
+
 def candidates(k: int, gated: bool) -> Iterator[Config]:
     """Launch parameters worth measuring; ``programs`` are those of a multiprocessor."""
     words = next_power_of_2(k // 2)
@@ -169,7 +193,35 @@ def gemv(
     launch = {"launch_pdl": True} if pdl else {}
     programs = min(tiles, config["programs"] * multiprocessors(w.device))
     _gemv_kernel[(programs,)](
-        x, norm, w.view(torch.int32), epilogue.bias, out, epilogue.features, w.stride(0) // 2, eps,
-        k, next_power_of_2(k // 2), epilogue.activation, epilogue.add, rows,
-        w.dtype == torch.bfloat16, pdl, num_warps=config["warps"], **launch,
+        x, norm, w.view(torch.int32), epilogue.bias, out, None, epilogue.features,
+        w.stride(0) // 2, eps, k, next_power_of_2(k // 2), epilogue.activation, epilogue.add, rows,
+        w.dtype == torch.bfloat16, pdl, 1, num_warps=config["warps"], **launch,
+    )  # fmt: skip
+
+
+def expert_gemv(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    activation: str,
+    out: Tensor,
+    config: Config | None = None,
+) -> None:
+    """``out [P, F] = act(x w[ids]^T + bias[ids])``: ``x [P / share, K]`` and ``out`` contiguous, of
+    the dtype of ``w [E, N, K]``, ``bias [E, N]``, ``ids`` int32 of P elements."""
+    (pairs, features), k = out.shape, w.shape[2]
+    gated = activation != "none"
+    assert w.is_contiguous() and x.is_contiguous() and out.is_contiguous(), "rows"  # noqa: PT018
+    assert supports(w[0]) and w.shape[1] == features * (1 + gated), f"w {w.shape}"  # noqa: PT018
+    assert x.shape[1] == k and pairs % x.shape[0] == 0, f"x {x.shape}"  # noqa: PT018
+    assert ids.numel() == pairs and ids.dtype == torch.int32, f"ids {ids.shape}"  # noqa: PT018
+    config = config or expert_rule(k)
+    tiles = -(-w.shape[1] // config["rows"])
+    programs = min(tiles, -(-config["programs"] * multiprocessors(w.device) // pairs))
+    launch = dependent_launch(w.device)
+    _gemv_kernel[(programs, pairs)](
+        x, None, w.view(torch.int32), bias, out, ids, features, k // 2, 0.0, k,
+        next_power_of_2(k // 2), activation, False, config["rows"], w.dtype == torch.bfloat16,
+        bool(launch), pairs // x.shape[0], num_warps=config["warps"], **launch,
     )  # fmt: skip

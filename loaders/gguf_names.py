@@ -75,13 +75,15 @@ class NameMap:
     ``block`` and ``outer`` map modules (names without ``.weight`` / ``.bias``), inside the layers
     and outside. ``permuted`` maps the block modules whose rows llama.cpp reorders for its
     adjacent-pair rope to the config key with their number of heads. ``stacks`` are outer modules of
-    which there are several, numbered, in one tensor. ``norm_shift`` is what the
+    which there are several, numbered, in one tensor. ``experts`` maps the tensors of a layer's
+    experts to those that hold them, one below the other. ``norm_shift`` is what the
     converter added to every norm weight. ``consumed`` are tensors that are no parameters: the
     config carries what they say.
     """
 
     block: Mapping[str, str]
     outer: Mapping[str, str] = field(default_factory=lambda: _OUTER)
+    experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     permuted: Mapping[str, str] = field(default_factory=dict)
     stacks: frozenset[str] = frozenset()
     norm_shift: float = 0.0
@@ -107,6 +109,11 @@ class NameMap:
         """Which of the matrices of its tensor a parameter is; None where the tensor is one."""
         stem, _, place = parameter.rpartition(".")[0].rpartition(".")
         return int(place) if stem in self.stacks else None
+
+    def expert_tensors(self, parameter: str) -> tuple[str, ...]:
+        """``model.layers.3.mlp.experts.{}.up_proj.weight`` -> ``blk.3.ffn_up_exps.weight``."""
+        _, _, layer, name = parameter.split(".", 3)
+        return tuple(f"blk.{layer}.{own}" for own in self.experts[name])
 
     def parameter_name(self, tensor: str) -> str | None:
         """The inverse of ``gguf_name``; None for a tensor that is no parameter."""

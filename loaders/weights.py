@@ -1,11 +1,21 @@
 """Weight sources over model files: each tensor is read once, checked, and put on the device."""
 
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from squall.kernels.moe.stack import (
+    BlockStack,
+    DenseStack,
+    ExpertStack,
+    place_experts,
+    stack_dense,
+)
+from squall.kernels.quant.base import QuantFormat
 from squall.kernels.weight import BlockWeight, DenseWeight, Weight, place
 from squall.loaders.errors import ModelLoadError
 from squall.loaders.gguf import GGUFFile
@@ -89,12 +99,46 @@ class SafetensorsWeights(_FileWeights):
     def skip(self, name: str) -> None:
         self._used.add(name)
 
+    def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._place(self._read(name, shape), torch.float32)
+
+    def experts(
+        self,
+        names: Sequence[str],
+        count: int,
+        rows: int,
+        in_features: int,
+        transposed: bool,
+        interleaved: bool,
+    ) -> ExpertStack:
+        if "{}" in names[0]:
+            shape = (count, len(names) * rows, in_features)
+            data = torch.empty(shape, dtype=self.dtype, device=self.device)
+            for expert, (i, name) in itertools.product(range(count), enumerate(names)):
+                own = self._read(name.format(expert), (rows, in_features))
+                data[expert, i * rows : (i + 1) * rows] = self._place(own, self.dtype)
+            return DenseStack(data)
+        assert len(names) == 1, names
+        shape = (count, in_features, rows) if transposed else (count, rows, in_features)
+        data = self._place(self._read(names[0], shape), self.dtype)
+        if transposed:
+            data = data.transpose(1, 2)
+        return DenseStack(_in_order(data, interleaved).contiguous())
+
+    def expert_bias(self, name: str, count: int, rows: int, interleaved: bool) -> Tensor:
+        return _in_order(self._place(self._read(name, (count, rows)), self.dtype), interleaved)
+
     def finish(self, tied: bool) -> None:
         """ModelLoadError if tensors are left over. A stored copy of a tied head is not."""
         names = {n for n in self._folder.names() if not n.endswith(_DERIVED_SUFFIXES)}
         if tied:
             names.discard("lm_head.weight")
         self._check_used(names, str(self._folder.path(min(names, default="")).parent))
+
+
+def _in_order(rows: Tensor, interleaved: bool) -> Tensor:
+    """``[count, rows, ...]`` with the rows of gate, which take turns with those of up, first."""
+    return torch.cat((rows[:, ::2], rows[:, 1::2]), 1) if interleaved else rows
 
 
 class GGUFWeights(_FileWeights):
@@ -134,6 +178,53 @@ class GGUFWeights(_FileWeights):
     def skip(self, name: str) -> None:
         self._used.add(self._names.gguf_name(name))
 
+    def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._place(self._rows(name, (math.prod(shape),)), torch.float32)
+
+    def experts(
+        self,
+        names: Sequence[str],
+        count: int,
+        rows: int,
+        in_features: int,
+        transposed: bool,
+        interleaved: bool,
+    ) -> ExpertStack:
+        tensors = [own for name in names for own in self._names.expert_tensors(name)]
+        shape = (count, rows * len(names) // len(tensors), in_features)
+        parts = [self._expert_tensor(own, shape) for own in tensors]
+        dense = [data for form, data in parts if form.dtype is not None]
+        if len(dense) == len(parts):
+            return stack_dense([self._place(data.view(shape), self.dtype) for data in dense])
+        for own, (form, _) in zip(tensors, parts, strict=True):
+            if form.dtype is not None:
+                raise ModelLoadError(
+                    f"{self._file.path}: tensor {own} is {form.name}, others beside it are not"
+                )
+        raw = [(form, self._place(data, torch.uint8).view(*shape[:2], -1)) for form, data in parts]
+        return place_experts(BlockStack(tuple(raw)), self.dtype)
+
+    def expert_bias(self, name: str, count: int, rows: int, interleaved: bool) -> Tensor:
+        tensors = self._names.expert_tensors(name)
+        shape = (count, rows // len(tensors))
+        parts = [self._expert_tensor(own, shape)[1] for own in tensors]
+        return torch.cat([self._place(part, self.dtype) for part in parts], 1)
+
+    def _expert_tensor(self, own: str, shape: tuple[int, ...]) -> tuple[QuantFormat, Tensor]:
+        """The tensor ``own`` of ``shape``, or, in files that have one for each expert, all of
+        them: its format and dense numbers or raw bytes."""
+        if own in self._file.tensors:
+            return self._stored(own, shape)
+        stem, _, kind = own.rpartition("_exps.")
+        parts = [self._stored(f"{stem}.{e}.{kind}", shape[1:]) for e in range(shape[0])]
+        forms = {form.name: form for form, _ in parts}
+        if len(forms) > 1:
+            raise ModelLoadError(
+                f"{self._file.path}: tensors {stem}.*.{kind} have types {', '.join(forms)}; "
+                "one type is accepted"
+            )
+        return parts[0][0], torch.cat([data for _, data in parts])
+
     def finish(self) -> None:
         """ModelLoadError if tensors are left over."""
         names = set(self._file.tensors) - self._names.consumed
@@ -142,19 +233,31 @@ class GGUFWeights(_FileWeights):
     def _rows(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of ``name``, which must have ``shape``: floats, or blocks as raw bytes."""
         own = self._names.gguf_name(name)
+        place = self._names.place_in_stack(name)
+        if place is None:
+            form, rows = self._stored(own, shape)
+        else:
+            form, rows = self._stored_in_stack(own, place, shape)
+        if len(shape) == 1 and form.dtype is None:
+            raise ModelLoadError(f"{self._file.path}: tensor {own} is {form.name}, expected floats")
+        heads = self._names.permuted_heads(name, self._config)
+        return unpermute_rows(rows, heads) if heads else rows
+
+    def _stored_in_stack(
+        self, own: str, place: int, shape: tuple[int, ...]
+    ) -> tuple[QuantFormat, Tensor]:
+        """Matrix ``place`` of those of ``shape`` that ``own`` has."""
+        found = self._file.tensors.get(own)
+        count = max(found.shape[0], place + 1) if found else place + 1
+        form, rows = self._stored(own, (count, *shape))
+        return form, rows.reshape(count, shape[0], -1)[place]
+
+    def _stored(self, own: str, shape: tuple[int, ...]) -> tuple[QuantFormat, Tensor]:
+        """The file's tensor ``own``, which must have ``shape``."""
         if own not in self._file.tensors:
             raise ModelLoadError(f"{self._file.path}: tensor {own} is missing")
         tensor = self._file.tensors[own]
-        place = self._names.place_in_stack(name)
-        count = 0 if place is None else max(tensor.shape[0], place + 1)
-        wanted = shape if place is None else (count, *shape)
-        _check_shape(str(self._file.path), own, tensor.shape, wanted)
-        if len(shape) == 1 and tensor.format.dtype is None:
-            found = tensor.format.name
-            raise ModelLoadError(f"{self._file.path}: tensor {own} is {found}, expected floats")
+        _check_shape(str(self._file.path), own, tensor.shape, shape)
         self._used.add(own)
-        rows = self._file.raw(own) if tensor.format.dtype is None else self._file.dense(own)
-        if place is not None:
-            rows = rows.reshape(count, shape[0], -1)[place]
-        heads = self._names.permuted_heads(name, self._config)
-        return unpermute_rows(rows, heads) if heads else rows
+        form = tensor.format
+        return form, self._file.raw(own) if form.dtype is None else self._file.dense(own)

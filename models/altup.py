@@ -118,18 +118,18 @@ class AltUpBlock(Block):
         low = self.laurel_left.of_norm(normed, None, self.eps)
         rms_norm_add(self.laurel_right(low), self.laurel_norm, self.eps, active)
         active *= math.sqrt(0.5)
-        self._add(self.mlp.down, self._inner(active), self.post_mlp_norm, active)
+        self._add(self.mlp.out, self._inner(active), self.post_mlp_norm, active)
         streams = self.altup.correct(predictions, active)
         streams[:, 1:] += self._token_input(streams, inputs)[:, None]
         return streams
 
     def _inner(self, stream: Tensor) -> Tensor:
-        """What goes into the MLP's ``down``. Of a sparse MLP only those gates pass that are so many
+        """What goes into the MLP's ``out``. Of a sparse MLP only those gates pass that are so many
         deviations above their mean as closes its share of them, if they are normally distributed.
         """
+        assert isinstance(self.mlp, GatedMLP)
         if self.deviations is None:
             return self.mlp.inner(stream, self.mlp_norm, self.eps)
-        assert isinstance(self.mlp, GatedMLP)
         x = self.mlp.gate_up.of_norm(stream, self.mlp_norm, self.eps)
         gate, up = x.float().chunk(2, -1)
         deviation, mean = torch.std_mean(gate, -1, correction=0, keepdim=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-Activation = Literal["silu", "gelu_tanh", "relu2", "xielu"]
+Activation = Literal["silu", "gelu_tanh", "clamped_silu", "relu2", "xielu"]
 
 
 class ConfigReader(Protocol):
@@ -51,6 +51,7 @@ class LayerConfig:
 
     window: int = 0  # tokens a query sees, itself included; 0: all
     rope: int = 0  # index into DecoderConfig.ropes
+    experts: bool = False  # a mixture of experts instead of the MLP
     shares: int | None = None  # the earlier layer whose keys and values it reads, having none
 
 
@@ -87,6 +88,45 @@ class AltUpConfig:
     input_vocab: int  # tokens that have one; others take that of token 0
     intermediate_sizes: tuple[int, ...]  # of each layer
     sparsity: tuple[float, ...]  # of each layer, the share of gates that are closed
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How tokens find their experts; see :mod:`squall.kernels.moe.route`."""
+
+    top_k: int
+    scoring: str = "softmax"
+    renormalize: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    group_best: int = 1
+    jitter: float = 0.0
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts: sizes, and the names of its modules below ``model.layers.N``; ``{}``
+    stands for the number of an expert, without it a tensor has all experts."""
+
+    experts: int
+    intermediate_size: int  # of an expert
+    router: RouterConfig
+    gate: str = "mlp.gate"
+    correction: str | None = None  # the name of a tensor
+    correction_shape: tuple[int, ...] = ()  # in checkpoints; (): one number for each expert
+    router_bias: bool = False
+    gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight")
+    down: str = "mlp.experts.{}.down_proj.weight"
+    biases: tuple[str, str] | None = None  # of gate and up, and of down: tensors of all experts
+    transposed: bool = False  # checkpoints have [in, out] for every expert
+    interleaved: bool = False  # and gate and up rows in turn
+    scaled_input: bool = (
+        False  # an expert's weight multiplies what goes in instead of what comes out
+    )
+    shared: str | None = None  # an MLP that all tokens go through
+    shared_size: int = 0
+    shared_gate: str | None = None  # its weight for a token is the sigmoid of this
 
 
 @dataclass(frozen=True)
@@ -135,6 +175,7 @@ class DecoderConfig:
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     altup: AltUpConfig | None = None
+    moe: MoEConfig | None = None
     wide_range: bool = False  # activations are known to leave float16's range
 
     @property

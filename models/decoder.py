@@ -1,11 +1,11 @@
 """The decoder-only transformer, assembled from a :class:`DecoderConfig`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from squall.kernels.layernorm import layer_norm
 from squall.kernels.rmsnorm import rms_norm_add
 from squall.kernels.weight import Weight
 from squall.models.attention import Attend, Attention
@@ -13,9 +13,12 @@ from squall.models.batch import Batch, KVCache
 from squall.models.config import DecoderConfig, LayerConfig
 from squall.models.linear import Linear
 from squall.models.mlp import GatedMLP, PlainMLP
-from squall.models.norm import LayerNorm, Norm
+from squall.models.moe import MoE
+from squall.models.norm import LayerNorm, Norm, normed
 from squall.models.rope import rope_table
 from squall.models.weights import WeightSource, read_norm
+
+FeedForward = GatedMLP | PlainMLP | MoE
 
 
 class Block:
@@ -31,8 +34,11 @@ class Block:
         names = config.norms
         self.input_norm = norm(names.attention)
         self.attention = Attention(config, layer, source, f"{prefix}.self_attn")
-        mlp = PlainMLP if config.plain_mlp else GatedMLP
-        self.mlp: GatedMLP | PlainMLP = mlp(config, source, f"{prefix}.mlp")
+        self.mlp: FeedForward = (
+            MoE(config, source, prefix)
+            if layer.experts
+            else (PlainMLP if config.plain_mlp else GatedMLP)(config, source, f"{prefix}.mlp")
+        )
         self.parallel = config.parallel
         self.mlp_norm = norm(names.mlp)
         self.post_attention_norm = norm(names.after_attention)
@@ -52,19 +58,20 @@ class Block:
         if rows is not None:
             mixed, stream = mixed.index_select(0, rows), stream.index_select(0, rows)
         if self.parallel:
-            inner = self.mlp.inner(stream, self.mlp_norm, self.eps)
+            inner: Any = self.mlp.inner(stream, self.mlp_norm, self.eps)
             self._add(self.attention.out, mixed, self.post_attention_norm, stream)
         else:
             self._add(self.attention.out, mixed, self.post_attention_norm, stream)
             inner = self.mlp.inner(stream, self.mlp_norm, self.eps)
-        self._add(self.mlp.down, inner, self.post_mlp_norm, stream)
+        self._add(self.mlp.out, inner, self.post_mlp_norm, stream)
         return stream
 
-    def _add(self, projection: Linear, x: Tensor, norm: Norm | None, stream: Tensor) -> None:
+    def _add(self, projection: Linear | MoE, x: Any, norm: Norm | None, stream: Tensor) -> None:
         if norm is None:
             projection.add_to(stream, x)
         else:
             assert isinstance(norm, Tensor), "layer norms behind attention and MLP"
+            assert isinstance(projection, Linear), "norms behind experts"
             rms_norm_add(projection(x), norm, self.eps, stream)
 
 
@@ -103,13 +110,13 @@ class Decoder:
     @property
     def nbytes(self) -> int:
         """Bytes of the weight matrices; a tied head counts once."""
-        linears = [
-            linear.nbytes
+        blocks = [
+            part.nbytes
             for block in self.blocks
-            for linear in (block.attention.qkv, block.attention.out, *block.mlp.linears)
+            for part in (block.attention.qkv, block.attention.out, block.mlp)
         ]
         head = 0 if self.head is self.embedding else self.head.nbytes
-        return sum(linears) + self.embedding.nbytes + head
+        return sum(blocks) + self.embedding.nbytes + head
 
     def __call__(self, batch: Batch, cache: KVCache) -> Tensor:
         """Logits of the rows in ``batch.logit_rows``, float32 [L, vocab].
@@ -143,7 +150,7 @@ class Decoder:
         """Final norm and head: ``[L, hidden] -> [L, vocab]``, float32."""
         config, f32 = self.config, torch.float32
         if isinstance(self.norm, LayerNorm):
-            x = layer_norm(stream, self.norm.weight, self.norm.bias, config.norm_eps, self.dtype)
+            x = normed(stream, self.norm, config.norm_eps, self.dtype)
             logits = self.head.linear(x, self.head_bias, f32)
         else:
             norm = self.norm, config.norm_eps

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from squall.kernels.activation import ACTIVATIONS
-from squall.kernels.layernorm import layer_norm
 from squall.kernels.weight import Weight, merge
-from squall.models.norm import LayerNorm, Norm
+from squall.models.norm import LayerNorm, Norm, normed
 
 
 class Linear:
@@ -37,11 +36,8 @@ class Linear:
     ) -> Tensor:
         """The projection of the norm of the float32 ``stream``, or without ``norm`` of the stream
         itself; ``activation`` as ``Weight.norm_linear`` takes it."""
-        if norm is None:
-            return ACTIVATIONS[activation](self(stream.to(self.dtype)))
-        if isinstance(norm, LayerNorm):
-            x = layer_norm(stream, norm.weight, norm.bias, eps, self.dtype)
-            return ACTIVATIONS[activation](self(x))
+        if norm is None or isinstance(norm, LayerNorm):
+            return ACTIVATIONS[activation](self(normed(stream, norm, eps, self.dtype)))
         return self.weight.norm_linear(stream, norm, eps, self.bias, activation, self.dtype)
 
     def add_to(self, stream: Tensor, x: Tensor) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from squall.kernels.activation import ACTIVATIONS
 from squall.models.config import DecoderConfig
-from squall.models.linear import Linear
 from squall.models.norm import Norm
 from squall.models.weights import WeightSource, read_linear
 
@@ -24,44 +24,50 @@ _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class XIELU:
-    """xIELU (Huang 2024, arXiv:2411.13010), with two learned slopes; those stored are behind a
+    """xIELU (Huang 2024, arXiv:2411.13010), with two learned slopes, stored as what goes into a
     softplus."""
 
-    BETA, LEAST = 0.5, -1e-6  # checkpoints repeat them
-
     def __init__(self, source: WeightSource, prefix: str) -> None:
-        slopes = (source.vector(f"{prefix}.act_fn.alpha_{sign}", 1) for sign in "pn")
-        self.positive, self.negative = (F.softplus(slope.float()) for slope in slopes)
-        for name in ("beta", "eps"):
-            source.skip(f"{prefix}.act_fn.{name}")
+        slopes = (source.floats(f"{prefix}.act_fn.alpha_{sign}", (1,)) for sign in "pn")
+        self.positive, self.negative = map(F.softplus, slopes)
+        self.beta = source.floats(f"{prefix}.act_fn.beta", ())
+        self.least = source.floats(f"{prefix}.act_fn.eps", ())
 
     def __call__(self, x: Tensor) -> Tensor:
         z = x.float()
         right = self.positive * z.square()
-        left = (torch.expm1(z.clamp(max=self.LEAST)) - z) * (self.BETA + self.negative)
-        return (torch.where(z > 0, right, left) + self.BETA * z).to(x.dtype)
+        left = (torch.expm1(torch.minimum(z, self.least)) - z) * (self.beta + self.negative)
+        return (torch.where(z > 0, right, left) + self.beta * z).to(x.dtype)
 
 
 class GatedMLP:
     """``down(act(gate(x)) * up(x))`` of ``x``, the norm of the stream."""
 
-    def __init__(self, config: DecoderConfig, source: WeightSource, prefix: str) -> None:
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    def __init__(
+        self, config: DecoderConfig, source: WeightSource, prefix: str, size: int | None = None
+    ) -> None:
+        """``size`` instead of the config's intermediate size."""
+        hidden, inner, bias = config.hidden_size, size or config.intermediate_size, config.mlp_bias
         names, sizes = ["gate", "up"], [inner, inner]
         if config.fused_gate_up:
             names, sizes = ["gate_up"], [2 * inner]
         names = [f"{prefix}.{name}_proj" for name in names]
         self.gate_up = read_linear(source, names, sizes, hidden, bias)
-        self.down = read_linear(source, [f"{prefix}.down_proj"], [hidden], inner, bias)
+        self.out = read_linear(source, [f"{prefix}.down_proj"], [hidden], inner, bias)
         self.activation = config.activation
 
     def inner(self, stream: Tensor, norm: Norm | None, eps: float) -> Tensor:
-        """What goes into ``down``: ``[T, hidden]`` float32 -> ``[T, intermediate]``."""
+        """What goes into ``out``: ``[T, hidden]`` float32 -> ``[T, intermediate]``."""
         return self.gate_up.of_norm(stream, norm, eps, self.activation)
 
+    def of(self, x: Tensor) -> Tensor:
+        """``inner`` of the norm itself, ``[T, hidden]`` in the model's dtype."""
+        return ACTIVATIONS[self.activation](self.gate_up(x))
+
     @property
-    def linears(self) -> tuple[Linear, Linear]:
-        return self.gate_up, self.down
+    def nbytes(self) -> int:
+        """Bytes of both weight matrices."""
+        return self.gate_up.nbytes + self.out.nbytes
 
 
 class PlainMLP:
@@ -74,12 +80,13 @@ class PlainMLP:
         self.activation = XIELU(source, prefix) if xielu else _PLAIN[config.activation]
         up, down = (f"{prefix}.{name}" for name in config.plain_mlp)
         self.up = read_linear(source, [up], [inner], hidden, bias)
-        self.down = read_linear(source, [down], [hidden], inner, bias)
+        self.out = read_linear(source, [down], [hidden], inner, bias)
 
     def inner(self, stream: Tensor, norm: Norm | None, eps: float) -> Tensor:
-        """What goes into ``down``: ``[T, hidden]`` float32 -> ``[T, intermediate]``."""
+        """What goes into ``out``: ``[T, hidden]`` float32 -> ``[T, intermediate]``."""
         return self.activation(self.up.of_norm(stream, norm, eps))
 
     @property
-    def linears(self) -> tuple[Linear, Linear]:
-        return self.up, self.down
+    def nbytes(self) -> int:
+        """Bytes of both weight matrices."""
+        return self.up.nbytes + self.out.nbytes

@@ -2,7 +2,11 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+from squall.kernels.layernorm import layer_norm
+from squall.kernels.rmsnorm import rms_norm
 
 
 @dataclass(frozen=True)
@@ -18,3 +22,12 @@ class LayerNorm:
 
 
 Norm = Tensor | LayerNorm
+
+
+def normed(stream: Tensor, norm: Norm | None, eps: float, dtype: torch.dtype) -> Tensor:
+    """The norm of ``stream`` ``[T, hidden]`` in ``dtype``; without ``norm`` the stream itself."""
+    if norm is None:
+        return stream.to(dtype)
+    if isinstance(norm, LayerNorm):
+        return layer_norm(stream, norm.weight, norm.bias, eps, dtype)
+    return rms_norm(stream, norm, eps, dtype)

@@ -42,6 +42,7 @@ ARCHITECTURES: dict[str, Row] = {
     "Mistral3ForConditionalGeneration": Row(
         "mistral", "Mistral Small 3.1, Ministral 3 (text part)", text_part=True
     ),
+    "MixtralForCausalLM": Row("mixtral", "Mixtral"),
     "NemotronForCausalLM": Row("nemotron", "Nemotron, Minitron"),
     "OlmoForCausalLM": Row("olmo", "OLMo (1)"),
     "Olmo2ForCausalLM": Row("olmo2", "OLMo 2"),
@@ -49,7 +50,9 @@ ARCHITECTURES: dict[str, Row] = {
     "PhiForCausalLM": Row("phi", "Phi 1, 1.5, 2"),
     "Phi3ForCausalLM": Row("phi3", "Phi 3, 3.5, 4, 4 mini"),
     "Qwen2ForCausalLM": Row("qwen2", "Qwen 2, 2.5; R1 distillations"),
+    "Qwen2MoeForCausalLM": Row("qwen2_moe", "Qwen 1.5 MoE, Qwen 2 MoE"),
     "Qwen3ForCausalLM": Row("qwen3", "Qwen 3"),
+    "Qwen3MoeForCausalLM": Row("qwen3_moe", "Qwen 3 MoE"),
     "SeedOssForCausalLM": Row("seed_oss", "Seed-OSS"),
     "SmolLM3ForCausalLM": Row("smollm3", "SmolLM 3"),
     "StableLmForCausalLM": Row("stablelm", "StableLM 2"),

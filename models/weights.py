@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from squall.kernels.moe.stack import DenseStack, ExpertStack
 from squall.kernels.weight import DenseWeight, Weight
 from squall.models.config import DecoderConfig
 from squall.models.linear import Linear
@@ -42,6 +43,29 @@ class WeightSource(Protocol):
 
     def skip(self, name: str) -> None:
         """A tensor that files may have and the model does not use."""
+        ...
+
+    def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A small dense tensor, float32."""
+        ...
+
+    def experts(
+        self,
+        names: Sequence[str],
+        count: int,
+        rows: int,
+        in_features: int,
+        transposed: bool,
+        interleaved: bool,
+    ) -> ExpertStack:
+        """The tensors ``names`` of ``count`` experts, ``rows`` rows each, one below the other in
+        every expert. ``{}`` in a name stands for the number of an expert; without it the tensor is
+        ``[count, rows, in_features]``, in Hugging Face checkpoints ``[count, in_features, rows]``
+        if ``transposed``, and if ``interleaved`` with the rows of gate and up in turn."""
+        ...
+
+    def expert_bias(self, name: str, count: int, rows: int, interleaved: bool) -> Tensor:
+        """``[count, rows]`` in ``dtype``, gate before up."""
         ...
 
 
@@ -106,3 +130,20 @@ class RandomWeights:
 
     def skip(self, name: str) -> None:
         pass
+
+    def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._normal(*shape).float()
+
+    def experts(
+        self,
+        names: Sequence[str],
+        count: int,
+        rows: int,
+        in_features: int,
+        transposed: bool,
+        interleaved: bool,
+    ) -> ExpertStack:
+        return DenseStack(self._normal(count, rows * len(names), in_features))
+
+    def expert_bias(self, name: str, count: int, rows: int, interleaved: bool) -> Tensor:
+        return self._normal(count, rows)

@@ -146,6 +146,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3",
         {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
     ),
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "sliding_window": 9}),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 40,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+            "head_dim": 16,
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+        },
+    ),
     "ministral": (
         "Ministral",
         {
