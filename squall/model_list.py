@@ -9,14 +9,10 @@ from rich.table import Table
 from squall.loaders.gguf_config import ARCHITECTURES as GGUF
 from squall.models.registry import ARCHITECTURES
 
-# In GGUF files Mistral and InternLM 3 are Llamas, OLMo 3 is an OLMo 2 with a window, and text parts
-# have a file of their own.
+# In GGUF files Mistral and InternLM 3 are Llamas, OLMo 3 is an OLMo 2 with a window.
 _SHARED = {
-    "Gemma3ForConditionalGeneration": "gemma3",
-    "Gemma3nForConditionalGeneration": "gemma3n",
     "InternLM3ForCausalLM": "llama",
     "MistralForCausalLM": "llama",
-    "Mistral3ForConditionalGeneration": "llama",
     "Olmo3ForCausalLM": "olmo2",
 }
 _HEAD = ("family", "Hugging Face class", "GGUF architecture")
