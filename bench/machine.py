@@ -70,7 +70,7 @@ def decode_floor_s(model: Decoder, batch: int, context: int, ceilings: Ceilings)
     """Least time of one decode step: every weight and every visible cached token read once, or the
     matrix products, whichever takes longer."""
     config = model.config
-    token_layer = config.kv_bytes_per_token(model.dtype.itemsize) // config.num_layers
+    token_layer = config.kv_bytes_per_token(model.dtype.itemsize) // config.num_caches
     kv = batch * token_layer * sum(visible_tokens(config, context))
     memory = (streamed_bytes(model, batch) + kv) / ceilings.memory_bytes_s
     return max(memory, 2 * batch * matmul_weights(config) / ceilings.matmul_flops_s)

@@ -1,7 +1,7 @@
 """``Checkpoint``: opened model files, from which come the decoder and what the front-end needs."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,13 +20,15 @@ from squall.loaders.hf_config import ConfigReader, eos_ids, find_architecture
 from squall.loaders.hub import ModelFiles
 from squall.loaders.progress import Progress
 from squall.loaders.safetensors import SafetensorsFolder
+from squall.loaders.text_part import text_name
 from squall.loaders.tokenizer import Tokenizer
 from squall.loaders.tokenizers.gguf import gguf_tokenizer
 from squall.loaders.tokenizers.hf import hf_tokenizer
 from squall.loaders.weights import GGUFWeights, SafetensorsWeights
+from squall.models.build import build_decoder
 from squall.models.config import DecoderConfig
 from squall.models.decoder import Decoder
-from squall.models.registry import read_config
+from squall.models.registry import ARCHITECTURES, read_config
 from squall.models.rope import check_rope
 
 _DTYPE_NAMES = {
@@ -59,6 +61,8 @@ class Checkpoint:
         """The shape of the model."""
         reader = self._reader()
         config = read_config(find_architecture(reader), reader)
+        if self._text_part(reader):  # its config and the one around it may disagree
+            config = replace(config, tie_embeddings="lm_head.weight" not in self._folder(reader))
         for rope in config.ropes:
             problem = check_rope(rope)
             if problem:
@@ -84,13 +88,13 @@ class Checkpoint:
             metadata = gguf_config(self._gguf)
             with progress.phase("load", total, "B") as advance:
                 blocks = GGUFWeights(self._gguf, metadata, dtype, device, advance)
-                model = Decoder(config, blocks, max_len)
+                model = build_decoder(config, blocks, max_len)
                 blocks.finish()
             return model
-        folder = SafetensorsFolder.open(self.files.paths)
+        folder = self._folder(self._reader())
         with progress.phase("load", folder.nbytes, "B") as advance:
             source = SafetensorsWeights(folder, dtype, device, advance)
-            model = Decoder(config, source, max_len)
+            model = build_decoder(config, source, max_len)
             source.finish(config.tie_embeddings)
         return model
 
@@ -126,11 +130,19 @@ class Checkpoint:
             for tensor in self._gguf.tensors.values():
                 sizes[tensor.format.name] += tensor.nbytes
         else:
-            folder = SafetensorsFolder.open(self.files.paths)
+            folder = self._folder(self._reader())
             for name in folder.names():
                 info = folder.info(name)
                 sizes[_DTYPE_NAMES.get(info.dtype, str(info.dtype))] += info.end - info.begin
         return sizes.most_common(1)[0][0]
+
+    def _text_part(self, reader: ConfigReader) -> bool:
+        return self._gguf is None and ARCHITECTURES[find_architecture(reader)].text_part
+
+    def _folder(self, reader: ConfigReader) -> SafetensorsFolder:
+        """The tensors of the text model."""
+        folder = SafetensorsFolder.open(self.files.paths)
+        return folder.renamed(text_name) if self._text_part(reader) else folder
 
     def _reader(self) -> ConfigReader:
         if self._gguf is not None:

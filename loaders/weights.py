@@ -81,8 +81,18 @@ class SafetensorsWeights(_FileWeights):
     def norm(self, name: str, size: int, offset: float) -> Tensor:
         return self._place(self._read(name, (size,)), torch.float32) + offset
 
+    def head_norms(self, name: str, heads: int, dim: int) -> Tensor:
+        """From one tensor (Command-R), or from one for each head (StableLM)."""
+        if f"{name}.norms.0.weight" not in self._folder:
+            return self._place(self._read(f"{name}.weight", (heads, dim)), torch.float32)
+        rows = [self._read(f"{name}.norms.{i}.weight", (dim,)) for i in range(heads)]
+        return self._place(torch.stack(rows), torch.float32)
+
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
         return DenseWeight(self._place(self._read(name, (out_features, in_features)), self.dtype))
+
+    def skip(self, name: str) -> None:
+        self._used.add(name)
 
     def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._place(self._read(name, shape), torch.float32)
@@ -161,12 +171,18 @@ class GGUFWeights(_FileWeights):
         weight = self._place(self._rows(name, (size,)), torch.float32)
         return weight + (offset - self._names.norm_shift)
 
+    def head_norms(self, name: str, heads: int, dim: int) -> Tensor:
+        return self._place(self._rows(f"{name}.weight", (heads, dim)), torch.float32)
+
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
         rows = self._rows(name, (out_features, in_features))
         form = self._file.tensors[self._names.gguf_name(name)].format
         if form.dtype is None:
             return place(BlockWeight(form, self._place(rows, torch.uint8)), self.dtype)
         return DenseWeight(self._place(rows, self.dtype))
+
+    def skip(self, name: str) -> None:
+        self._used.add(self._names.gguf_name(name))
 
     def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._place(self._rows(name, (math.prod(shape),)), torch.float32)
@@ -236,11 +252,24 @@ class GGUFWeights(_FileWeights):
     def _rows(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of ``name``, which must have ``shape``: floats, or blocks as raw bytes."""
         own = self._names.gguf_name(name)
-        form, rows = self._stored(own, shape)
+        place = self._names.place_in_stack(name)
+        if place is None:
+            form, rows = self._stored(own, shape)
+        else:
+            form, rows = self._stored_in_stack(own, place, shape)
         if len(shape) == 1 and form.dtype is None:
             raise ModelLoadError(f"{self._file.path}: tensor {own} is {form.name}, expected floats")
         heads = self._names.permuted_heads(name, self._config)
         return unpermute_rows(rows, heads) if heads else rows
+
+    def _stored_in_stack(
+        self, own: str, place: int, shape: tuple[int, ...]
+    ) -> tuple[QuantFormat, Tensor]:
+        """Matrix ``place`` of those of ``shape`` that ``own`` has."""
+        found = self._file.tensors.get(own)
+        count = max(found.shape[0], place + 1) if found else place + 1
+        form, rows = self._stored(own, (count, *shape))
+        return form, rows.reshape(count, shape[0], -1)[place]
 
     def _stored(self, own: str, shape: tuple[int, ...]) -> tuple[QuantFormat, Tensor]:
         """The file's tensor ``own``, which must have ``shape``."""

@@ -1,5 +1,9 @@
 """The dense MLPs, with gate and without."""
 
+from collections.abc import Callable
+from functools import partial
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -7,6 +11,33 @@ from squall.kernels.activation import ACTIVATIONS
 from squall.models.config import DecoderConfig
 from squall.models.norm import Norm
 from squall.models.weights import WeightSource, read_linear
+
+
+def _relu2(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu2": _relu2,
+}
+
+
+class XIELU:
+    """xIELU (Huang 2024, arXiv:2411.13010), with two learned slopes, stored as what goes into a
+    softplus."""
+
+    def __init__(self, source: WeightSource, prefix: str) -> None:
+        slopes = (source.floats(f"{prefix}.act_fn.alpha_{sign}", (1,)) for sign in "pn")
+        self.positive, self.negative = map(F.softplus, slopes)
+        self.beta = source.floats(f"{prefix}.act_fn.beta", ())
+        self.least = source.floats(f"{prefix}.act_fn.eps", ())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        z = x.float()
+        right = self.positive * z.square()
+        left = (torch.expm1(torch.minimum(z, self.least)) - z) * (self.beta + self.negative)
+        return (torch.where(z > 0, right, left) + self.beta * z).to(x.dtype)
 
 
 class GatedMLP:
@@ -40,19 +71,20 @@ class GatedMLP:
 
 
 class PlainMLP:
-    """``down(gelu_tanh(up(x)))`` of ``x``, the norm of the stream."""
+    """``down(act(up(x)))`` of ``x``, the norm of the stream."""
 
     def __init__(self, config: DecoderConfig, source: WeightSource, prefix: str) -> None:
         hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         assert config.plain_mlp is not None
-        assert config.activation == "gelu_tanh", config.activation
+        xielu = config.activation == "xielu"
+        self.activation = XIELU(source, prefix) if xielu else _PLAIN[config.activation]
         up, down = (f"{prefix}.{name}" for name in config.plain_mlp)
         self.up = read_linear(source, [up], [inner], hidden, bias)
         self.out = read_linear(source, [down], [hidden], inner, bias)
 
     def inner(self, stream: Tensor, norm: Norm | None, eps: float) -> Tensor:
         """What goes into ``out``: ``[T, hidden]`` float32 -> ``[T, intermediate]``."""
-        return F.gelu(self.up.of_norm(stream, norm, eps), approximate="tanh")
+        return self.activation(self.up.of_norm(stream, norm, eps))
 
     @property
     def nbytes(self) -> int:

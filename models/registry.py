@@ -8,26 +8,43 @@ from squall.models.config import ConfigReader, DecoderConfig
 
 
 class Row(NamedTuple):
-    """``module`` reads the config; ``family`` is for people."""
+    """``module`` reads the config; ``family`` is for people. ``text_part``: a text model within a
+    larger one, whose config is ``text_config``."""
 
     module: str
     family: str
+    text_part: bool = False
 
 
 ARCHITECTURES: dict[str, Row] = {
+    "ApertusForCausalLM": Row("apertus", "Apertus"),
+    "ArceeForCausalLM": Row("arcee", "Arcee AFM"),
     "CohereForCausalLM": Row("cohere", "Command-R"),
     "Cohere2ForCausalLM": Row("cohere2", "Command-R7B, Command A"),
     "Ernie4_5ForCausalLM": Row("ernie4_5", "ERNIE 4.5 (dense)"),
+    "Exaone4ForCausalLM": Row("exaone4", "EXAONE 4"),
     "GemmaForCausalLM": Row("gemma", "Gemma"),
     "Gemma2ForCausalLM": Row("gemma2", "Gemma 2"),
     "Gemma3ForCausalLM": Row("gemma3", "Gemma 3 (text)"),
+    "Gemma3ForConditionalGeneration": Row("gemma3", "Gemma 3 (text part)", text_part=True),
+    "Gemma3nForCausalLM": Row("gemma3n", "Gemma 3n (text)"),
+    "Gemma3nForConditionalGeneration": Row("gemma3n", "Gemma 3n (text part)", text_part=True),
     "GlmForCausalLM": Row("glm", "GLM-4 (2024)"),
     "Glm4ForCausalLM": Row("glm4", "GLM-4 (0414)"),
     "GraniteForCausalLM": Row("granite", "Granite"),
+    "HeliumForCausalLM": Row("helium", "Helium"),
+    "HunYuanDenseV1ForCausalLM": Row("hunyuan_v1_dense", "HunYuan (dense)"),
+    "InternLM3ForCausalLM": Row("internlm3", "InternLM 3"),
     "LlamaForCausalLM": Row("llama", "Llama 2, 3; Falcon 3, SmolLM, R1 distillations"),
     "MinistralForCausalLM": Row("mistral", "Ministral"),
+    "Ministral3ForCausalLM": Row("mistral", "Ministral 3 (text)"),
     "MistralForCausalLM": Row("mistral", "Mistral, Nemo"),
+    "Mistral3ForConditionalGeneration": Row(
+        "mistral", "Mistral Small 3.1, Ministral 3 (text part)", text_part=True
+    ),
     "MixtralForCausalLM": Row("mixtral", "Mixtral"),
+    "NemotronForCausalLM": Row("nemotron", "Nemotron, Minitron"),
+    "OlmoForCausalLM": Row("olmo", "OLMo (1)"),
     "Olmo2ForCausalLM": Row("olmo2", "OLMo 2"),
     "Olmo3ForCausalLM": Row("olmo3", "OLMo 3"),
     "PhiForCausalLM": Row("phi", "Phi 1, 1.5, 2"),
@@ -36,6 +53,7 @@ ARCHITECTURES: dict[str, Row] = {
     "Qwen2MoeForCausalLM": Row("qwen2_moe", "Qwen 1.5 MoE, Qwen 2 MoE"),
     "Qwen3ForCausalLM": Row("qwen3", "Qwen 3"),
     "Qwen3MoeForCausalLM": Row("qwen3_moe", "Qwen 3 MoE"),
+    "SeedOssForCausalLM": Row("seed_oss", "Seed-OSS"),
     "SmolLM3ForCausalLM": Row("smollm3", "SmolLM 3"),
     "StableLmForCausalLM": Row("stablelm", "StableLM 2"),
     "Starcoder2ForCausalLM": Row("starcoder2", "StarCoder 2"),
@@ -52,5 +70,7 @@ def read_config(architecture: str, reader: ConfigReader) -> DecoderConfig:
         raise reader.fail(
             "architectures", f"{architecture!r} is not supported{hint}; supported: {known}"
         )
+    if row.text_part:
+        reader = reader.sub("text_config")
     config: DecoderConfig = import_module(f"squall.models.{row.module}").read_config(reader)
     return config

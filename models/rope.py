@@ -1,7 +1,7 @@
 """Rotary tables: inverse frequencies by scaling rule, then cos and sin for every position.
 
 Rules and formulas are those of transformers' ``modeling_rope_utils`` (default, linear, llama3,
-yarn, longrope) and of GGUF's ``rope_freqs.weight`` (``factors``).
+yarn, longrope, dynamic) and of GGUF's ``rope_freqs.weight`` (``factors``).
 """
 
 import math
@@ -133,6 +133,21 @@ def _longrope(inverse: Tensor, config: RopeConfig, length: int) -> tuple[Tensor,
     return inverse / torch.tensor(factors, dtype=torch.float64), float(attention)
 
 
+def _dynamic(inverse: Tensor, config: RopeConfig, length: int) -> tuple[Tensor, float]:
+    """The base grows with the sequence once that is longer than the trained context.
+
+    transformers follows the length of the sequence so far, which leaves its cache with keys of many
+    bases; here the longest sequence that is possible decides for all, as with ``_longrope``. So a
+    sequence of that length gets transformers' angles in every position, and up to the trained
+    context nothing is stretched.
+    """
+    trained, factor = _number(config, "max_position_embeddings"), _number(config, "factor")
+    growth = factor * max(length, trained) / trained - (factor - 1)
+    # base^(-2i/dim) of base * growth^(dim / (dim - 2))
+    exponents = torch.arange(config.dim // 2, dtype=torch.float64) / (config.dim / 2 - 1)
+    return inverse * growth**-exponents, 1.0
+
+
 def _factors(inverse: Tensor, config: RopeConfig, length: int) -> tuple[Tensor, float]:
     return inverse / torch.as_tensor(config.settings["factors"], dtype=torch.float64), 1.0
 
@@ -144,6 +159,7 @@ RULES: dict[str, Rule] = {
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+    "dynamic": _dynamic,
     "factors": _factors,
 }
 _REQUIRED: dict[str, tuple[str, ...]] = {
@@ -155,6 +171,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
         "original_max_position_embeddings",
     ),
     "yarn": ("factor",),
+    "dynamic": ("factor",),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
     "factors": ("factors",),
 }

@@ -35,7 +35,15 @@ class WeightSource(Protocol):
         out (Gemma stores w - 1), which GGUF files already contain."""
         ...
 
+    def head_norms(self, name: str, heads: int, dim: int) -> Tensor:
+        """``[heads, dim]`` float32 norm weights of module ``name``, a row for each head."""
+        ...
+
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight: ...
+
+    def skip(self, name: str) -> None:
+        """A tensor that files may have and the model does not use."""
+        ...
 
     def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A small dense tensor, float32."""
@@ -71,6 +79,8 @@ def read_linear(
 
 def read_norm(source: WeightSource, config: DecoderConfig, name: str) -> Norm:
     """A norm over the hidden size; ``name`` is that of the module."""
+    if config.plain_norms:
+        return LayerNorm(torch.ones(config.hidden_size, device=source.device), None)
     weight = source.norm(f"{name}.weight", config.hidden_size, config.norm_offset)
     if not config.layer_norm:
         return weight
@@ -97,8 +107,14 @@ class RandomWeights:
     def norm(self, name: str, size: int, offset: float) -> Tensor:
         return torch.ones(size, device=self.device)
 
+    def head_norms(self, name: str, heads: int, dim: int) -> Tensor:
+        return torch.ones(heads, dim, device=self.device)
+
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
         return DenseWeight(self._normal(out_features, in_features))
+
+    def skip(self, name: str) -> None:
+        pass
 
     def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._normal(*shape).float()

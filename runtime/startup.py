@@ -121,7 +121,7 @@ def _build(
     device = resolve_device(options.device)
     config = checkpoint.config()
     dtype = model_dtype(options.dtype, device, checkpoint)
-    check_length(options, config.max_position)
+    check_length(options, config.longest_position)
     choose_attention(config, dtype, device, options)  # tells a wrong choice before loading
     longest = options.max_seq_len or config.max_position
     model = checkpoint.decoder(device, dtype, longest, progress)
@@ -157,7 +157,8 @@ def start_engine(
         model.use_attention(attend)
     facts = _measure(model, options)
     token_bytes = config.kv_bytes_per_token(model.dtype.itemsize)
-    plan = plan_kv(options, facts, token_bytes, config.max_position)
+    check_length(options, config.longest_position)
+    plan = plan_kv(options, facts, token_bytes, options.max_seq_len or config.max_position)
     cache = _cache(model, plan.blocks, options.pa_blk_size)
     engine = Engine(model, cache, _limits(options, plan, facts))
     if model.device.type == "cuda" and not options.enforce_eager:
@@ -178,7 +179,7 @@ def _limits(options: EngineOptions, plan: KVPlan, facts: MemoryFacts) -> Limits:
 def _cache(model: Decoder, blocks: int, block_size: int) -> KVCache:
     config = model.config
     heads = (config.num_kv_heads, config.head_dim)
-    layers = config.num_layers
+    layers = config.num_caches
     return KVCache.allocate(layers, blocks, block_size, heads, model.dtype, model.device)
 
 
@@ -227,7 +228,11 @@ def _estimate_activations(config: DecoderConfig, tokens: int, seqs: int, itemsiz
     with the sampler's copies (float32)."""
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     widest = 4 * config.hidden_size + max(heads, 3 * config.intermediate_size)
-    return tokens * widest * itemsize + 3 * seqs * config.vocab_size * 4
+    floats = 3 * seqs * config.vocab_size
+    if config.altup:  # its streams before, predicted and after; and each token's inputs
+        inputs = config.num_layers * config.altup.input_size
+        floats += 3 * tokens * (config.altup.streams * config.hidden_size + inputs)
+    return tokens * widest * itemsize + 4 * floats
 
 
 def _template_file(options: EngineOptions) -> Path | None:

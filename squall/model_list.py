@@ -9,8 +9,12 @@ from rich.table import Table
 from squall.loaders.gguf_config import ARCHITECTURES as GGUF
 from squall.models.registry import ARCHITECTURES
 
-# In GGUF files Mistral is a Llama, and OLMo 3 an OLMo 2 with a window.
-_SHARED = {"MistralForCausalLM": "llama", "Olmo3ForCausalLM": "olmo2"}
+# In GGUF files Mistral and InternLM 3 are Llamas, OLMo 3 is an OLMo 2 with a window.
+_SHARED = {
+    "InternLM3ForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Olmo3ForCausalLM": "olmo2",
+}
 _HEAD = ("family", "Hugging Face class", "GGUF architecture")
 
 

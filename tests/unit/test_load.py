@@ -15,6 +15,9 @@ from squall.loaders.errors import ModelLoadError
 from squall.loaders.hub import resolve
 from squall.loaders.load import Checkpoint
 from squall.loaders.progress import NoProgress
+from squall.runtime.memory import OptionError
+from squall.runtime.options import EngineOptions
+from squall.runtime.startup import build_engine
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -94,7 +97,7 @@ def test_weights_that_do_not_fit(
     [
         (
             {"architectures": ["LlamaForCausalLN"]},
-            "nearest: LlamaForCausalLM; supported: CohereFor",
+            "nearest: LlamaForCausalLM; supported: ",
         ),
         ({"architectures": ["A", "B"]}, "exactly one entry"),
         ({"num_key_value_heads": 3}, "3 does not divide 2 heads"),
@@ -103,6 +106,13 @@ def test_weights_that_do_not_fit(
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"rope_scaling": {"rope_type": "spiral"}}, "'spiral' is not supported; supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised safetensors are not"),
+        (
+            {
+                "architectures": ["MistralForCausalLM"],
+                "rope_parameters": {"llama_4_scaling_beta": 0.1},
+            },
+            "llama_4_scaling_beta needs original_max_position_embeddings",
+        ),
         ({"layer_types": ["full_attention"] * 2}, "2 entries for 1 layers"),
     ],
     ids=lambda value: str(value)[:40],
@@ -130,3 +140,27 @@ def test_a_broken_template_is_told_when_a_chat_needs_it(tmp_path: Path) -> None:
     assets = checkpoint.text()
     assert isinstance(assets.template, Exception)
     assert "line 2" in str(assets.template)
+
+
+def test_a_dynamic_rope_admits_longer_contexts(tmp_path: Path) -> None:
+    """Angles are for the longest sequence that was asked for, and plain by default."""
+    changes = {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    write(tmp_path, CONFIG | changes, tensors())
+    files = resolve(str(tmp_path))
+
+    def angles(max_seq_len: int | None) -> Tensor:
+        options = EngineOptions(device="cpu", dtype="f32", max_seq_len=max_seq_len)
+        engine, card = build_engine(files, options, NoProgress())
+        (table,) = engine.runner.model.ropes
+        assert card.max_model_len == table.shape[0]
+        return table
+
+    plain, stretched = angles(None), angles(64)
+    assert (plain.shape[0], stretched.shape[0]) == (32, 64)
+    assert torch.equal(plain[:, 0], torch.arange(32.0).cos())  # the fastest pair is never stretched
+    assert torch.equal(plain[:, 0], stretched[:32, 0])
+    # base 10000 of 4 elements becomes 10000 * 3^2, whose second frequency is 1 / 300
+    assert torch.allclose(stretched[:, 1], (torch.arange(64.0) / 300).cos())
+    assert torch.allclose(plain[:, 1], (torch.arange(32.0) / 100).cos())
+    with pytest.raises(OptionError, match="--max-seq-len is 65, the model's context length is 64"):
+        angles(65)
