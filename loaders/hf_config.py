@@ -100,6 +100,10 @@ class ConfigReader:
         """Whether the key is there and not null."""
         return self.data.get(key) is not None
 
+    def is_list(self, key: str) -> bool:
+        """Whether the value is one for each layer, for example."""
+        return isinstance(self.data.get(key), list)
+
     def unread(self) -> list[str]:
         """Keys nobody asked for so far, in file order."""
         return [key for key in self.data if key not in self._read]

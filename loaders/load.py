@@ -95,7 +95,7 @@ class Checkpoint:
         with progress.phase("load", folder.nbytes, "B") as advance:
             source = SafetensorsWeights(folder, dtype, device, advance)
             model = build_decoder(config, source, max_len)
-            source.finish(config.tie_embeddings)
+            source.finish(config.tie_embeddings, config.num_layers)
         return model
 
     def text(self, template: Path | None = None) -> TextAssets:

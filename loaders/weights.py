@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from squall.models.config import MoEConfig
 
 # Tensors older exporters left in checkpoints; they can be derived and no model reads them.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _MAX_NAMED = 3  # unused tensors named in an error
 
 
@@ -134,12 +136,23 @@ class SafetensorsWeights(_FileWeights):
     def _stacked(self, name: str, *shape: int) -> Tensor:
         return self._place(self._read(name, shape), self.dtype)
 
-    def finish(self, tied: bool) -> None:
-        """ModelLoadError if tensors are left over. A stored copy of a tied head is not."""
-        names = {n for n in self._folder.names() if not n.endswith(_DERIVED_SUFFIXES)}
+    def finish(self, tied: bool, layers: int) -> None:
+        """ModelLoadError if tensors are left over. A stored copy of a tied head is not, nor are
+        layers behind the last one, which predict further tokens (DeepSeek V3, GLM-4.5)."""
+        names = {
+            name
+            for name in self._folder.names()
+            if not name.endswith(_DERIVED_SUFFIXES) and _layer(name) < layers
+        }
         if tied:
             names.discard("lm_head.weight")
         self._check_used(names, str(self._folder.path(min(names, default="")).parent))
+
+
+def _layer(name: str) -> int:
+    """The number of a tensor's layer; -1 for those outside the layers."""
+    match = _IN_LAYER.match(name)
+    return int(match[1]) if match else -1
 
 
 def _in_order(rows: Tensor, interleaved: bool) -> Tensor:

@@ -70,6 +70,9 @@ class Attention:
         self.q_size, self.kv_size = q_size, kv_size
         self.q_norm: Tensor | None = None
         self.k_norm: Tensor | None = None
+        self.sinks: Tensor | None = None
+        if config.sinks:
+            self.sinks = source.floats(f"{prefix}.sinks", (config.num_heads,))
         self.q_factor: Tensor | None = None  # float32 [head_dim], of every turned head of q
         if config.qk_norm:
             offset = config.norm_offset
@@ -105,7 +108,7 @@ class Attention:
         if self.shares:  # turns q alone
             qkv, slots = F.pad(qkv, (0, 2 * self.kv_size)), torch.full_like(slots, -1)
         rotary = self.q_norm, self.k_norm, self.eps, batch.positions, rope, *cache, slots
-        limits = self.scale, self.window, self.softcap, None
+        limits = self.scale, self.window, self.softcap, self.sinks
         index = batch.block_tables, batch.query_start, batch.context_lens
         longest = batch.max_query_len, batch.max_context_len
         fused = self.attend is None and self.q_factor is None and not self.shares

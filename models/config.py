@@ -13,6 +13,7 @@ class ConfigReader(Protocol):
     file: str
 
     def has(self, key: str) -> bool: ...
+    def is_list(self, key: str) -> bool: ...
     def get_int(self, key: str, default: Any = ...) -> Any: ...
     def get_float(self, key: str, default: Any = ...) -> Any: ...
     def get_bool(self, key: str, default: Any = ...) -> Any: ...
@@ -126,6 +127,7 @@ class MoEConfig:
     )
     shared: str | None = None  # an MLP that all tokens go through
     shared_size: int = 0
+    shared_names: tuple[tuple[str, ...], str] = (("gate_proj", "up_proj"), "down_proj")
     shared_gate: str | None = None  # its weight for a token is the sigmoid of this
 
 
@@ -173,6 +175,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     attention_softcap: float = 0.0
+    sinks: bool = False  # every head has a logit that takes its share of attention and has no value
     logit_softcap: float = 0.0
     altup: AltUpConfig | None = None
     moe: MoEConfig | None = None

@@ -44,16 +44,21 @@ class GatedMLP:
     """``down(act(gate(x)) * up(x))`` of ``x``, the norm of the stream."""
 
     def __init__(
-        self, config: DecoderConfig, source: WeightSource, prefix: str, size: int | None = None
+        self,
+        config: DecoderConfig,
+        source: WeightSource,
+        prefix: str,
+        size: int | None = None,
+        names: tuple[tuple[str, ...], str] | None = None,
     ) -> None:
-        """``size`` instead of the config's intermediate size."""
+        """``size`` instead of the config's intermediate size; ``names`` of gate and up, or of both
+        as one, and of down, instead of the usual ones."""
         hidden, inner, bias = config.hidden_size, size or config.intermediate_size, config.mlp_bias
-        names, sizes = ["gate", "up"], [inner, inner]
-        if config.fused_gate_up:
-            names, sizes = ["gate_up"], [2 * inner]
-        names = [f"{prefix}.{name}_proj" for name in names]
-        self.gate_up = read_linear(source, names, sizes, hidden, bias)
-        self.out = read_linear(source, [f"{prefix}.down_proj"], [hidden], inner, bias)
+        usual = ("gate_up_proj",) if config.fused_gate_up else ("gate_proj", "up_proj")
+        ups, down = names or (usual, "down_proj")
+        sizes = [2 * inner // len(ups)] * len(ups)
+        self.gate_up = read_linear(source, [f"{prefix}.{up}" for up in ups], sizes, hidden, bias)
+        self.out = read_linear(source, [f"{prefix}.{down}"], [hidden], inner, bias)
         self.activation = config.activation
 
     def inner(self, stream: Tensor, norm: Norm | None, eps: float) -> Tensor:

@@ -42,7 +42,8 @@ class MoE:
         self.experts: Experts = source.experts(f"{prefix}.", moe, hidden)
         self.shared: GatedMLP | None = None
         if moe.shared is not None:
-            self.shared = GatedMLP(config, source, f"{prefix}.{moe.shared}", moe.shared_size)
+            place = f"{prefix}.{moe.shared}"
+            self.shared = GatedMLP(config, source, place, moe.shared_size, moe.shared_names)
         self.shared_gate: Linear | None = None
         if moe.shared_gate is not None:
             gate = [f"{prefix}.{moe.shared_gate}"]

@@ -124,10 +124,11 @@ def _longrope(inverse: Tensor, config: RopeConfig, length: int) -> tuple[Tensor,
     here the longest sequence that is possible decides for all.
     """
     original = _number(config, "original_max_position_embeddings")
-    factors = config.settings["long_factor" if length > original else "short_factor"]
+    kind = "long" if length > original else "short"
+    factors = config.settings[f"{kind}_factor"]
     given = config.settings.get("factor")
     stretch = float(given or _number(config, "max_position_embeddings") / original)
-    attention = config.settings.get("attention_factor")
+    attention = config.settings.get(f"{kind}_mscale", config.settings.get("attention_factor"))
     if attention is None:
         attention = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
     return inverse / torch.tensor(factors, dtype=torch.float64), float(attention)

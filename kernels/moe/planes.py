@@ -199,7 +199,7 @@ def _case(
 
     title = f"plane_experts-{'-'.join(types)}-{activation}-{'x'.join(map(str, (*size, *routing)))}"
     fns = plane_experts, plane_experts_reference, plane_experts_launcher
-    interpret = dim * inner < 8192  # the interpreter is slow
+    interpret = dim * inner * top_k <= 2048  # the interpreter is slow
     name = f"{title}{'-' * bool(options)}{options}"
     return Case(name, *fns, build, mutates=(14,), interpret=interpret, aot=aot)
 
@@ -213,6 +213,8 @@ def _cases() -> Iterator[Case]:
             yield _case(types, (1, dim, dim // 2), (5, 3), options="norm", aot=f16)
             yield _case(types, (9, dim, dim // 2), (5, 2), options="bias", aot=f16)
     yield _case(("Q4_K", "Q6_K"), (0, 256, 256), (4, 2))
+    yield _case(("Q4_0", "Q8_0"), (1, 32, 32), (3, 2), options="norm-bias")
+    yield _case(("Q8_0", "Q4_0", "Q5_0"), (5, 32, 32), (3, 2), "clamped_silu", "norm-bias")
     yield _case(("Q4_K", "Q5_K", "Q6_K"), (1, 256, 256), (4, 2), options="norm-bias")
     yield _case(("Q8_0", "Q4_0", "Q5_0"), (20, 64, 96), (4, 2), "clamped_silu", "norm-bias", BF16)
     yield _case(("Q4_K", "Q6_K"), (40, 256, 256), (6, 2), "gelu_tanh", aot=BF16)
