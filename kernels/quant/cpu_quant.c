@@ -206,8 +206,9 @@ static void multiply_panel(const Job *j, int64_t n, int64_t first, int64_t end, 
     uint8_t edge[LANES * MOST_BYTES];
     Panel panel;
     memset(sum, 0, (size_t)(end - first) * NV * sizeof *sum);
-    for (int64_t k = 0; k < j->x.K; k += CHUNK) {
-        const int count = j->x.K - k < CHUNK ? (int)(j->x.K - k) : CHUNK;
+    const int64_t chunk = j->x.M == 1 && n + PANEL <= j->N ? j->x.K : CHUNK;
+    for (int64_t k = 0; k < j->x.K; k += chunk) {
+        const int count = (int)(j->x.K - k < chunk ? j->x.K - k : chunk);
         const int blocks = count / f->elements;
         for (int v = 0; v < NV; v++) {
             Column c = column_at(j, n + v * LANES, k, blocks, edge);
