@@ -212,7 +212,8 @@ static void multiply_panel(const Job *j, int64_t n, int64_t first, int64_t end, 
         const int blocks = count / f->elements;
         for (int v = 0; v < NV; v++) {
             Column c = column_at(j, n + v * LANES, k, blocks, edge);
-            Bytes next = j->w + (n + PANEL + v * LANES) * j->stride + k / f->elements * f->bytes * LANES;
+            Bytes next = j->w + (n + PANEL + v * LANES) * j->stride;
+            next += k / f->elements * f->bytes * LANES;
             if (j->x.M == 1)
                 f->single(j, c, k, blocks, next, sum + v);
             else
