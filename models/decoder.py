@@ -121,12 +121,14 @@ class Decoder:
         if config.embedding_scale != 1.0:  # rounded to the model's dtype, as transformers does
             stream = stream * torch.tensor(config.embedding_scale, dtype=self.dtype).item()
         stream = stream.float()
-        *blocks, last = zip(self.blocks, cache.keys, cache.values, strict=True)
-        for block, keys, values in blocks:
-            block(stream, batch, (keys, values), self.ropes[block.rope])
-        block, keys, values = last
-        rows = batch.logit_rows  # no other row is needed once the last layer's cache is written
-        return self.logits(block(stream, batch, (keys, values), self.ropes[block.rope], rows))
+        views = batch.views()
+        *blocks, last = zip(self.blocks, cache.keys, cache.values, cache.groups, strict=True)
+        for block, keys, values, group in blocks:
+            block(stream, views[group], (keys, values), self.ropes[block.rope])
+        block, keys, values, group = last
+        rope, rows = self.ropes[block.rope], batch.logit_rows
+        # no other row is needed once the last layer's cache is written
+        return self.logits(block(stream, views[group], (keys, values), rope, rows))
 
     def logits(self, stream: Tensor) -> Tensor:
         """Final norm and head: ``[L, hidden] -> [L, vocab]``, float32."""
