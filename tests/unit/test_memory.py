@@ -76,9 +76,9 @@ def test_a_context_that_was_asked_for_needs_a_cache_as_large() -> None:
         plan(pa_ctxt_len=512, max_seq_len=1024)
 
 
-# Gemma 3 27B in bf16: 10 layers with full attention, 52 with a window, in groups of 10
-HYBRID = (0, *(1024,) * 6)
-HYBRID_BLOCK = 10 * 8192 * 32
+# Gemma 3 12B in bf16: 8 layers with full attention, 40 with a window, in groups of 8
+HYBRID = (0, *(1024,) * 5)
+HYBRID_BLOCK = 8 * 8192 * 32
 
 
 def hybrid(facts: MemoryFacts = GPU, **options: object) -> KVPlan:
@@ -86,11 +86,11 @@ def hybrid(facts: MemoryFacts = GPU, **options: object) -> KVPlan:
 
 
 def test_windows_need_no_more_than_they_see() -> None:
-    gib = 16 * GIB  # in every layer that would be 29,959 tokens
-    facts = MemoryFacts("cuda:0", 80 * GIB, gib, 54 * GIB, 0, lazy=False)
-    room = gib // HYBRID_BLOCK
-    needed = 6 * (1024 // 32 + 1)
+    facts = MemoryFacts("cuda:0", 80 * GIB, 16 * GIB, 54 * GIB, 0, lazy=False)
+    room = 16 * GIB // HYBRID_BLOCK
+    assert room // 6 * 32 < MODEL_LEN  # tokens in every layer
     assert hybrid(facts, pa_gpu_mem=16 * 1024) == KVPlan(room, MODEL_LEN)
+    needed = 5 * (1024 // 32 + 1)
     small = hybrid(facts, pa_gpu_mem=1024)
     assert small.max_seq_len == (small.blocks - needed) * 32
     assert hybrid(facts, pa_gpu_mem=1024, max_seq_len=small.max_seq_len).blocks == small.blocks
@@ -101,12 +101,12 @@ def test_windows_need_no_more_than_they_see() -> None:
 
 
 def test_a_sequence_shorter_than_the_window_needs_every_group_alike() -> None:
-    assert hybrid(pa_ctxt_len=640).blocks == 7 * 20
+    assert hybrid(pa_ctxt_len=640).blocks == 6 * 20
     assert hybrid(pa_ctxt_len=640).max_seq_len == 640
-    assert hybrid(pa_ctxt_len=10_000).blocks == 7 * 313
-    assert hybrid(pa_ctxt_len=10_000).max_seq_len == (7 * 313 - 6 * 33) * 32
+    assert hybrid(pa_ctxt_len=10_000).blocks == 6 * 313
+    assert hybrid(pa_ctxt_len=10_000).max_seq_len == (6 * 313 - 5 * 33) * 32
     with pytest.raises(KVMemoryError, match="not even one block fits"):
-        hybrid(MemoryFacts("cuda:0", 24 * GIB, 6 * HYBRID_BLOCK, 20 * GIB, 0, lazy=False))
+        hybrid(MemoryFacts("cuda:0", 24 * GIB, 5 * HYBRID_BLOCK, 20 * GIB, 0, lazy=False))
 
 
 def test_windows_alone_hold_any_length() -> None:
