@@ -14,15 +14,20 @@ from squall.models.batch import KVCache
 from squall.models.decoder import Decoder
 from squall.models.kv_layout import kv_layout
 from squall.runtime.engine import Engine
+from squall.runtime.inputs import DecodeInputs
 from squall.runtime.memory import KVMemoryError
 from squall.runtime.options import EngineOptions
+from squall.runtime.pack import pack
 from squall.runtime.pages import blocks_for, blocks_needed
 from squall.runtime.params import SamplingParams
 from squall.runtime.request import EngineRequest
-from squall.runtime.scheduler import Limits
+from squall.runtime.runner import Launched, Runner
+from squall.runtime.sample_plan import SampleRow
+from squall.runtime.scheduler import Chunk, Limits
 from squall.runtime.startup import start_engine
 from tests.e2e.test_golden_logits import SIZES, save_random
 
+CPU = torch.device("cpu")
 LENGTH = 130
 BLOCK = 8
 NEW = 40
@@ -48,8 +53,7 @@ class Subject:
         family, overrides = FAMILIES[name]
         reference = save_random(folder, family, overrides | {"max_position_embeddings": LENGTH})
         checkpoint = Checkpoint(resolve(str(folder)))
-        cpu = torch.device("cpu")
-        self.model = checkpoint.decoder(cpu, torch.float32, LENGTH, NoProgress())
+        self.model = checkpoint.decoder(CPU, torch.float32, LENGTH, NoProgress())
         engine = make_engine(self.model, 2000, 512, 8)
         self.expected = run(engine)
         assert engine.state.preemptions == 0
@@ -125,3 +129,33 @@ def test_memory_is_planned_for_the_windows(subject: Subject) -> None:
     less = EngineOptions(max_seq_len=LENGTH, pa_blk_size=BLOCK, pa_ctxt_len=tokens - BLOCK)
     with pytest.raises(KVMemoryError, match=f"needed for {LENGTH} tokens"):
         start_engine(subject.model, less, NoProgress())
+
+
+def test_static_inputs_give_what_packed_batches_give(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decode step that CUDA graphs capture, run on the CPU beside the engine's own."""
+    layout = kv_layout(subject.model.config, LENGTH)
+    blocks = sum(blocks_needed(n, BLOCK, layout.windows) for n in (LENGTH, 40))
+    engine = make_engine(subject.model, blocks, 64, 8)
+    inputs = DecodeInputs(8, len(layout.windows), blocks_for(LENGTH, BLOCK), BLOCK, CPU)
+    engine.runner._inputs = inputs
+    compared = 0
+
+    def launch(runner: Runner, chunks: tuple[Chunk, ...], rows: list[SampleRow]) -> Launched:
+        nonlocal compared
+        if all(chunk.length == 1 and chunk.samples for chunk in chunks):
+            order = inputs.arrange([chunk.seq for chunk in chunks])
+            chunks, rows = tuple(chunks[i] for i in order), [rows[i] for i in order]
+            inputs.fill(chunks, rows, 8)
+            with torch.inference_mode():
+                found = runner._decode(8)[: len(chunks)]
+                expected = subject.model(pack(chunks, BLOCK, runner._sampled), runner.cache)
+            torch.testing.assert_close(found, expected)
+            compared += 1
+        return plain(runner, chunks, rows)
+
+    plain = Runner.launch
+    monkeypatch.setattr(Runner, "launch", launch)
+    assert run(engine) == subject.expected
+    assert compared > NEW
