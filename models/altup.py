@@ -184,9 +184,11 @@ class AltUpDecoder(Decoder):
     def _carry(self, stream: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         streams, inputs = self._open(stream), self._inputs(stream, batch.token_ids)
         last = len(self.layers) - 1
-        for i, (block, memory) in enumerate(zip(self.layers, self._memory(cache), strict=True)):
+        for i, (block, memory) in enumerate(
+            zip(self.layers, self._memory(batch, cache), strict=True)
+        ):
             rows = batch.logit_rows if i == last else None
-            streams = block.carry(streams, inputs[:, i], batch, *memory, rows)
+            streams = block.carry(streams, inputs[:, i], *memory, rows)
         return self._close(streams)
 
     def _inputs(self, stream: Tensor, ids: Tensor) -> Tensor:

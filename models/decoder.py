@@ -133,18 +133,26 @@ class Decoder:
 
     def _carry(self, stream: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         """``stream`` [T, hidden] through all layers: [L, hidden]."""
-        *blocks, (last, last_memory) = zip(self.blocks, self._memory(cache), strict=True)
+        *blocks, (last, last_memory) = zip(self.blocks, self._memory(batch, cache), strict=True)
         for block, memory in blocks:
-            block(stream, batch, *memory)
+            block(stream, *memory)
         # no other row is needed once the last layer's cache is written
-        return last(stream, batch, *last_memory, batch.logit_rows)
+        return last(stream, *last_memory, batch.logit_rows)
 
-    def _memory(self, cache: KVCache) -> list[tuple[tuple[Tensor, Tensor], Tensor]]:
-        """Each layer's keys and values, and its rotary table."""
+    def _memory(
+        self, batch: Batch, cache: KVCache
+    ) -> list[tuple[Batch, tuple[Tensor, Tensor], Tensor]]:
+        """Each layer's view of the batch, its keys and values, and its rotary table."""
         assert len(cache.keys) == self.config.num_caches, f"caches of {len(cache.keys)} layers"
-        pairs = [(cache.keys[place], cache.values[place]) for place in self.config.caches]
-        ropes = [self.ropes[layer.rope] for layer in self.config.layers]
-        return list(zip(pairs, ropes, strict=True))
+        views = batch.views()
+        return [
+            (
+                views[cache.groups[place]],
+                (cache.keys[place], cache.values[place]),
+                self.ropes[layer.rope],
+            )
+            for place, layer in zip(self.config.caches, self.config.layers, strict=True)
+        ]
 
     def logits(self, stream: Tensor) -> Tensor:
         """Final norm and head: ``[L, hidden] -> [L, vocab]``, float32."""

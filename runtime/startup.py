@@ -15,6 +15,7 @@ from squall.loaders.pypi import demo_model
 from squall.models.batch import KVCache
 from squall.models.config import DecoderConfig
 from squall.models.decoder import Decoder
+from squall.models.kv_layout import KVLayout, kv_layout
 from squall.runtime.attention import choose_attention
 from squall.runtime.client import ProcessEngine, ThreadEngine
 from squall.runtime.engine import Engine, probe_batch
@@ -134,7 +135,7 @@ def _build(
         dtype=next(name for name, value in DTYPES.items() if value == dtype),
         vocab_size=config.vocab_size,
         max_model_len=plan.max_seq_len,
-        kv_tokens=plan.blocks * options.pa_blk_size,
+        kv_tokens=plan.blocks // engine.limits.groups * options.pa_blk_size,
         max_seqs=options.max_seqs,
         max_queue=options.max_queue,
         weight_bytes=facts.weights,
@@ -156,30 +157,32 @@ def start_engine(
     if attend is not None:
         model.use_attention(attend)
     facts = _measure(model, options)
-    token_bytes = config.kv_bytes_per_token(model.dtype.itemsize)
     check_length(options, config.longest_position)
-    plan = plan_kv(options, facts, token_bytes, options.max_seq_len or config.max_position)
-    cache = _cache(model, plan.blocks, options.pa_blk_size)
-    engine = Engine(model, cache, _limits(options, plan, facts))
+    longest = options.max_seq_len or config.max_position
+    layout = kv_layout(config, longest)
+    block_bytes = layout.block_bytes(config, model.dtype.itemsize, options.pa_blk_size)
+    plan = plan_kv(options, facts, block_bytes, longest, layout.windows)
+    cache = _cache(model, layout.group_layers, plan.blocks, options.pa_blk_size)
+    cache = cache.shared(layout.groups, layout.places)
+    engine = Engine(model, cache, _limits(options, plan, facts, layout))
     if model.device.type == "cuda" and not options.enforce_eager:
         engine.runner.capture(progress)
     return engine, plan, facts
 
 
-def _limits(options: EngineOptions, plan: KVPlan, facts: MemoryFacts) -> Limits:
+def _limits(options: EngineOptions, plan: KVPlan, facts: MemoryFacts, layout: KVLayout) -> Limits:
     return Limits(
         max_seqs=options.max_seqs,
         token_budget=token_budget(options, facts.total, facts.lazy),
         block_size=options.pa_blk_size,
         max_queue=options.max_queue,
         max_seq_len=plan.max_seq_len,
+        windows=layout.windows,
     )
 
 
-def _cache(model: Decoder, blocks: int, block_size: int) -> KVCache:
-    config = model.config
-    heads = (config.num_kv_heads, config.head_dim)
-    layers = config.num_caches
+def _cache(model: Decoder, layers: int, blocks: int, block_size: int) -> KVCache:
+    heads = (model.config.num_kv_heads, model.config.head_dim)
     return KVCache.allocate(layers, blocks, block_size, heads, model.dtype, model.device)
 
 
@@ -204,7 +207,8 @@ def _measure(model: Decoder, options: EngineOptions) -> MemoryFacts:
 def _probe_activations(model: Decoder, tokens: int, options: EngineOptions) -> int:
     """Run the largest legal step, every sampling feature on, and read the allocator's peak."""
     module = torch.cuda if model.device.type == "cuda" else torch.xpu
-    cache = _cache(model, -(-tokens // options.pa_blk_size), options.pa_blk_size)
+    blocks = -(-tokens // options.pa_blk_size)
+    cache = _cache(model, model.config.num_layers, blocks, options.pa_blk_size)
     before = module.memory_allocated(model.device)
     module.reset_peak_memory_stats(model.device)
     batch = probe_batch(model, tokens, options.max_seqs, options.pa_blk_size)
