@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from squall.kernels.quant.fp8 import blocks_of
+from squall.kernels.quant.fp8_weight import Fp8Weight
 from squall.kernels.weight import BlockWeight, DenseWeight, Weight, place
 from squall.loaders.errors import ModelLoadError
 from squall.loaders.gguf import GGUFFile
 from squall.loaders.gguf_names import NAME_MAPS, unpermute_rows
 from squall.loaders.progress import Advance
-from squall.loaders.safetensors import SafetensorsFolder
+from squall.loaders.safetensors import DTYPES, SafetensorsFolder
 
 # Tensors older exporters left in checkpoints; they can be derived and no model reads them.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -59,11 +61,12 @@ class SafetensorsWeights(_FileWeights):
         super().__init__(dtype, device, advance)
         self._folder = folder
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _read(
+        self, name: str, shape: tuple[int, ...], accepted: str = "F64, F32, F16, BF16"
+    ) -> Tensor:
         data = self._folder.tensor(name)
         _check_shape(str(self._folder.path(name)), name, tuple(data.shape), shape)
-        if not data.dtype.is_floating_point or data.dtype.itemsize < 2:
-            accepted = "F64, F32, F16, BF16"
+        if data.dtype not in {DTYPES[kind] for kind in accepted.split(", ")}:
             raise ModelLoadError(
                 f"{self._folder.path(name)}: tensor {name} is {data.dtype}, accepted: {accepted}"
             )
@@ -77,7 +80,21 @@ class SafetensorsWeights(_FileWeights):
         return self._place(self._read(name, (size,)), torch.float32) + offset
 
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
-        return DenseWeight(self._place(self._read(name, (out_features, in_features)), self.dtype))
+        shape = (out_features, in_features)
+        if self._folder.dtype(name) == torch.float8_e4m3fn:
+            return self._fp8(name, shape)
+        return DenseWeight(self._place(self._read(name, shape), self.dtype))
+
+    def _fp8(self, name: str, shape: tuple[int, int]) -> Fp8Weight:
+        """An FP8 matrix and its scales, ``<name>_scale_inv``."""
+        path, scales_name = self._folder.path(name), f"{name}_scale_inv"
+        if scales_name not in self._folder:
+            raise ModelLoadError(f"{path}: tensor {name} is F8_E4M3, but {scales_name} is missing")
+        data = self._read(name, shape, accepted="F8_E4M3").view(torch.uint8)
+        blocks = blocks_of(shape[0]), blocks_of(shape[1])
+        scales = self._read(scales_name, blocks, accepted="F32, F16, BF16")
+        placed = self._place(data, torch.uint8), self._place(scales, torch.float32)
+        return Fp8Weight(*placed, self.dtype)
 
     def finish(self, tied: bool) -> None:
         """ModelLoadError if tensors are left over. A stored copy of a tied head is not."""

@@ -1,0 +1,182 @@
+"""Products of up to 256 rows with a block-scaled FP8 weight, on tensor cores.
+
+``y = act(x w^T + bias)`` or ``stream += x w^T + bias``, x ``[M, K]`` float16 or bfloat16, w as in
+:mod:`squall.kernels.quant.fp8`; the epilogue is ``linear_epilogue.Epilogue``. Activations are not
+quantised: in registers, codes become numbers of x's dtype, which loses nothing, and a block's
+sums are multiplied by its scales in float32. Tiles, and the parts of K that share one, are those of
+:mod:`squall.kernels.linear_skinny`; a step is one block of 128 columns.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from squall.kernels.counters import COUNT, counters
+from squall.kernels.lang import next_power_of_2, tl, triton, wait_for_inputs
+from squall.kernels.launch import kernel
+from squall.kernels.linear_epilogue import (
+    Epilogue,
+    finish_tile,
+    is_last_part,
+    sum_of_parts,
+    weight_rows,
+)
+from squall.kernels.op import dependent_launch, has_ptx, multiprocessors
+from squall.kernels.quant.fp8 import BLOCK, blocks_of, e4m3
+from squall.kernels.tuning import Config
+
+MAX_ROWS = 256
+
+
+@triton.jit
+def _numbers(bits, DTYPE: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """uint8 codes -> DTYPE (float16, bfloat16), by 256; PTX: four at a time."""
+    if PTX and tl.float16 == DTYPE:
+        numbers = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b, s, t;"
+            " prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424;"
+            " shr.u32 s, a, 1; shr.u32 t, b, 1;"
+            " and.b32 s, s, 0x3F803F80; and.b32 t, t, 0x3F803F80;"
+            " lop3.b32 $0, a, 0x80008000, s, 0xEA; lop3.b32 $1, b, 0x80008000, t, 0xEA; }",
+            "=&r,=&r,r",
+            [bits],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=4,
+        )
+    elif PTX:
+        # With e4m3's exponent in the lowest bits of bfloat16's the numbers are 2^-120 of what they
+        # are; 0x7780 is 2^112.
+        numbers = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, b, s, t, gain, zero;"
+            " mov.b32 gain, 0x77807780; mov.b32 zero, 0x80008000;"
+            " prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424;"
+            " shr.u32 s, a, 4; shr.u32 t, b, 4;"
+            " and.b32 s, s, 0x07F007F0; and.b32 t, t, 0x07F007F0;"
+            " lop3.b32 s, a, 0x80008000, s, 0xEA; lop3.b32 t, b, 0x80008000, t, 0xEA;"
+            " fma.rn.bf16x2 $0, s, gain, zero; fma.rn.bf16x2 $1, t, gain, zero; }",
+            "=&r,=&r,r",
+            [bits],
+            dtype=tl.bfloat16,
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        numbers = e4m3(bits).to(DTYPE)
+    return numbers
+
+
+@kernel(do_not_specialize=["rows", "features"])
+def _fp8_skinny_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    w_ptr,
+    scales_ptr,
+    bias_ptr,
+    y_ptr,
+    partial_ptr,
+    counter_ptr,
+    rows,
+    features,
+    K,
+    x_stride,
+    w_stride,
+    scales_stride,
+    y_stride,
+    HEIGHT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ADD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN: tl.constexpr,
+    PTX: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (tiles, SPLIT). ``features`` are columns of y; BLOCK_M >= rows; EVEN: BLOCK_K divides K.
+
+    ``partial_ptr`` float32 [tiles, SPLIT, BLOCK_N, BLOCK_M], ``counter_ptr`` int32 [tiles].
+    """
+    tile, part = tl.program_id(0), tl.program_id(1)
+    w_row = weight_rows(tile, features, BLOCK_N, ACTIVATION != "none")
+    blocks = tl.cdiv(K, BLOCK_K)
+    wait_for_inputs(PDL)
+    row = tl.arange(0, BLOCK_M).to(tl.int64)
+    column = tl.arange(0, BLOCK_K)
+    w_tile = w_ptr + w_row[:, None] * w_stride + column[None, :]
+    scales_tile = scales_ptr + (w_row // HEIGHT) * scales_stride
+    x_tile = x_ptr + row[None, :] * x_stride + column[:, None]
+    x_mask = (row < rows)[None, :]
+    z = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for i in range(blocks * part // SPLIT, blocks * (part + 1) // SPLIT):
+        k = i * BLOCK_K
+        scale = tl.load(scales_tile + i) * 256.0
+        if EVEN:
+            bits = tl.load(w_tile + k, eviction_policy="evict_first")
+            x = tl.load(x_tile + k, mask=x_mask, other=0.0)
+        else:
+            inside = column < K - k
+            bits = tl.load(w_tile + k, mask=inside[None, :], other=0, eviction_policy="evict_first")
+            x = tl.load(x_tile + k, mask=x_mask & inside[:, None], other=0.0)
+        z += tl.dot(_numbers(bits, x.dtype, PTX), x) * scale[:, None]
+
+    if SPLIT == 1:
+        finish_tile(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD)
+    else:
+        parts_ptr = partial_ptr + tile.to(tl.int64) * (SPLIT * BLOCK_N * BLOCK_M)
+        if is_last_part(z, parts_ptr, counter_ptr + tile, part, SPLIT):
+            z = sum_of_parts(parts_ptr, counter_ptr + tile, BLOCK_N, BLOCK_M, SPLIT)
+            finish_tile(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD)
+
+
+def _config(block_n: int, split: int, warps: int, stages: int) -> Config:
+    return {"skinny": 1, "block_n": block_n, "split": split, "warps": warps, "stages": stages}
+
+
+def rule(features: int, k: int, gated: bool, device: torch.device) -> Config:
+    """Launch parameters for up to 64 rows where no table has the problem: four programs a
+    multiprocessor with at least four blocks of columns each."""
+    tiles = -(-features * (2 if gated else 1) // 64)
+    wanted = 4 * multiprocessors(device) // tiles
+    return _config(64, max(1, min(wanted, blocks_of(k) // 4, 8)), warps=4, stages=4)
+
+
+def candidates(bucket: int, features: int, k: int, gated: bool) -> Iterator[Config]:
+    """Launch parameters worth measuring for ``bucket`` rows of x."""
+    tiles: tuple[tuple[int, int, int], ...] = ((64, 4, 3), (128, 8, 3))
+    if bucket <= 64:
+        tiles = ((32, 4, 4), (64, 4, 4), (64, 4, 5), (128, 4, 4), (128, 8, 4))
+    for block_n, warps, stages in tiles:
+        count = -(-features * (2 if gated else 1) // block_n)
+        # One to four programs a multiprocessor of a GPU with 132.
+        splits = {max(1, min(round(n * 132 / count), blocks_of(k) // 2, 16)) for n in (1, 2, 3, 4)}
+        for split in sorted(splits):
+            yield _config(block_n, split, warps, stages)
+
+
+def skinny(
+    x: Tensor, weight: tuple[Tensor, Tensor, int], epilogue: Epilogue, config: Config
+) -> None:
+    """Write ``epilogue.out`` (see the module's docstring); ``1 <= M <= 256``; ``weight`` is data,
+    scales, height."""
+    data, scales, height = weight
+    epilogue.check(x, data)
+    assert x.dtype in (torch.float16, torch.bfloat16), f"x {x.dtype}"
+    assert 1 <= x.shape[0] <= MAX_ROWS, f"x {x.shape}"
+    out, k = epilogue.out, data.shape[1]
+    block_m, block_n = max(8, next_power_of_2(x.shape[0])), config["block_n"]
+    split = config["split"]
+    tiles = -(-epilogue.features // (block_n // 2 if epilogue.gated else block_n))
+    partial = arrivals = None
+    if split > 1:
+        assert tiles <= COUNT, f"{tiles} tiles in {split} parts"
+        arrivals = counters(x.device)
+        partial = torch.empty(tiles * split * block_n * block_m, device=x.device)
+    pdl = dependent_launch(x.device)
+    _fp8_skinny_kernel[(tiles, split)](
+        x, data, scales, epilogue.bias, out, partial, arrivals, x.shape[0], epilogue.features, k,
+        x.stride(0), data.stride(0), scales.stride(0), out.stride(0), height, epilogue.activation,
+        epilogue.add, block_m, block_n, BLOCK, split, k % BLOCK == 0, has_ptx(x.device), bool(pdl),
+        num_warps=config["warps"], num_stages=config["stages"], **pdl,
+    )  # fmt: skip
