@@ -69,7 +69,7 @@ def fp8_rows_reference(
 
 @triton.jit
 def e4m3(bits):  # type: ignore[no-untyped-def]
-    """uint8 codes -> float16, by 256."""
+    """Codes in the lowest bytes of integers -> float16, by 256."""
     bits = bits.to(tl.int32)
     return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.int16).to(tl.float16, bitcast=True)
 

@@ -108,7 +108,7 @@ def _key(n: int, k: int, bucket: int) -> str:
 def _choose(rows: int, data: Tensor, dtype: torch.dtype, gated: bool) -> Config:
     """How to multiply ``rows`` rows of ``dtype`` (rounded, if they are still to be normalised)."""
     (n, k), bucket = data.shape, _bucket(rows)
-    if dtype == torch.float32 or bucket > fp8_skinny.MAX_ROWS:
+    if dtype == torch.float32 or bucket > fp8_skinny.MAX_ROWS or not fp8_skinny.supports(data):
         return _EXPAND
     found = tuned("fp8", _key(n, k, bucket), data.device)
     if found is not None and ("gemv" not in found or fp8_gemv.supports(data)):

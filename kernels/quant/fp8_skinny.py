@@ -30,41 +30,38 @@ MAX_ROWS = 256
 
 
 @triton.jit
-def _numbers(bits, DTYPE: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
-    """uint8 codes -> DTYPE (float16, bfloat16), by 256; PTX: four at a time."""
+def _numbers(words, DTYPE: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """int16 words of two codes ``[N, X]`` -> DTYPE (float16, bfloat16) ``[N, 2 X]``, by 256."""
+    words = words.to(tl.int32)
     if PTX and tl.float16 == DTYPE:
-        numbers = tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b, s, t;"
-            " prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424;"
-            " shr.u32 s, a, 1; shr.u32 t, b, 1;"
-            " and.b32 s, s, 0x3F803F80; and.b32 t, t, 0x3F803F80;"
-            " lop3.b32 $0, a, 0x80008000, s, 0xEA; lop3.b32 $1, b, 0x80008000, t, 0xEA; }",
-            "=&r,=&r,r",
-            [bits],
-            dtype=tl.float16,
+        pairs = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, s; prmt.b32 a, $1, 0, 0x1404; shr.u32 s, a, 1;"
+            " and.b32 s, s, 0x3F803F80; lop3.b32 $0, a, 0x80008000, s, 0xEA; }",
+            "=r,r",
+            [words],
+            dtype=tl.int32,
             is_pure=True,
-            pack=4,
+            pack=1,
         )
     elif PTX:
         # With e4m3's exponent in the lowest bits of bfloat16's the numbers are 2^-120 of what they
         # are; 0x7780 is 2^112.
-        numbers = tl.inline_asm_elementwise(
-            "{ .reg .b32 a, b, s, t, gain, zero;"
-            " mov.b32 gain, 0x77807780; mov.b32 zero, 0x80008000;"
-            " prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424;"
-            " shr.u32 s, a, 4; shr.u32 t, b, 4;"
-            " and.b32 s, s, 0x07F007F0; and.b32 t, t, 0x07F007F0;"
-            " lop3.b32 s, a, 0x80008000, s, 0xEA; lop3.b32 t, b, 0x80008000, t, 0xEA;"
-            " fma.rn.bf16x2 $0, s, gain, zero; fma.rn.bf16x2 $1, t, gain, zero; }",
-            "=&r,=&r,r",
-            [bits],
-            dtype=tl.bfloat16,
+        pairs = tl.inline_asm_elementwise(
+            "{ .reg .b32 a, s, gain, zero; mov.b32 gain, 0x77807780; mov.b32 zero, 0x80008000;"
+            " prmt.b32 a, $1, 0, 0x1404; shr.u32 s, a, 4; and.b32 s, s, 0x07F007F0;"
+            " lop3.b32 s, a, 0x80008000, s, 0xEA; fma.rn.bf16x2 $0, s, gain, zero; }",
+            "=r,r",
+            [words],
+            dtype=tl.int32,
             is_pure=True,
-            pack=4,
+            pack=1,
         )
+    if PTX:
+        first = pairs.to(tl.int16).to(DTYPE, bitcast=True)
+        second = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
     else:
-        numbers = e4m3(bits).to(DTYPE)
-    return numbers
+        first, second = e4m3(words).to(DTYPE), e4m3(words >> 8).to(DTYPE)
+    return tl.join(first, second).reshape(words.shape[0], 2 * words.shape[1])
 
 
 @kernel(do_not_specialize=["rows", "features"])
@@ -94,7 +91,8 @@ def _fp8_skinny_kernel(  # type: ignore[no-untyped-def]
     PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (tiles, SPLIT). ``features`` are columns of y; BLOCK_M >= rows; EVEN: BLOCK_K divides K.
+    """Grid (tiles, SPLIT). ``w``, ``w_stride`` are in int16 words. ``features`` are columns of y;
+    BLOCK_M >= rows; EVEN: BLOCK_K divides K, which is even.
 
     ``partial_ptr`` float32 [tiles, SPLIT, BLOCK_N, BLOCK_M], ``counter_ptr`` int32 [tiles].
     """
@@ -104,7 +102,8 @@ def _fp8_skinny_kernel(  # type: ignore[no-untyped-def]
     wait_for_inputs(PDL)
     row = tl.arange(0, BLOCK_M).to(tl.int64)
     column = tl.arange(0, BLOCK_K)
-    w_tile = w_ptr + w_row[:, None] * w_stride + column[None, :]
+    word = tl.arange(0, BLOCK_K // 2)[None, :]
+    w_tile = w_ptr + w_row[:, None] * w_stride + word
     scales_tile = scales_ptr + (w_row // HEIGHT) * scales_stride
     x_tile = x_ptr + row[None, :] * x_stride + column[:, None]
     x_mask = (row < rows)[None, :]
@@ -113,13 +112,14 @@ def _fp8_skinny_kernel(  # type: ignore[no-untyped-def]
         k = i * BLOCK_K
         scale = tl.load(scales_tile + i) * 256.0
         if EVEN:
-            bits = tl.load(w_tile + k, eviction_policy="evict_first")
+            words = tl.load(w_tile + k // 2, eviction_policy="evict_first")
             x = tl.load(x_tile + k, mask=x_mask, other=0.0)
         else:
             inside = column < K - k
-            bits = tl.load(w_tile + k, mask=inside[None, :], other=0, eviction_policy="evict_first")
+            w_mask = word < (K - k) // 2
+            words = tl.load(w_tile + k // 2, mask=w_mask, other=0, eviction_policy="evict_first")
             x = tl.load(x_tile + k, mask=x_mask & inside[:, None], other=0.0)
-        z += tl.dot(_numbers(bits, x.dtype, PTX), x) * scale[:, None]
+        z += tl.dot(_numbers(words, x.dtype, PTX), x) * scale[:, None]
 
     if SPLIT == 1:
         finish_tile(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD)
@@ -155,6 +155,11 @@ def candidates(bucket: int, features: int, k: int, gated: bool) -> Iterator[Conf
             yield _config(block_n, split, warps, stages)
 
 
+def supports(data: Tensor) -> bool:
+    """Whether the kernel can read this weight."""
+    return data.shape[1] % 2 == 0 and data.stride(0) % 2 == 0 and data.storage_offset() % 2 == 0
+
+
 def skinny(
     x: Tensor, weight: tuple[Tensor, Tensor, int], epilogue: Epilogue, config: Config
 ) -> None:
@@ -164,6 +169,7 @@ def skinny(
     epilogue.check(x, data)
     assert x.dtype in (torch.float16, torch.bfloat16), f"x {x.dtype}"
     assert 1 <= x.shape[0] <= MAX_ROWS, f"x {x.shape}"
+    assert supports(data), f"data {data.shape}"
     out, k = epilogue.out, data.shape[1]
     block_m, block_n = max(8, next_power_of_2(x.shape[0])), config["block_n"]
     split = config["split"]
@@ -175,8 +181,8 @@ def skinny(
         partial = torch.empty(tiles * split * block_n * block_m, device=x.device)
     pdl = dependent_launch(x.device)
     _fp8_skinny_kernel[(tiles, split)](
-        x, data, scales, epilogue.bias, out, partial, arrivals, x.shape[0], epilogue.features, k,
-        x.stride(0), data.stride(0), scales.stride(0), out.stride(0), height, epilogue.activation,
-        epilogue.add, block_m, block_n, BLOCK, split, k % BLOCK == 0, has_ptx(x.device), bool(pdl),
-        num_warps=config["warps"], num_stages=config["stages"], **pdl,
+        x, data.view(torch.int16), scales, epilogue.bias, out, partial, arrivals, x.shape[0],
+        epilogue.features, k, x.stride(0), data.stride(0) // 2, scales.stride(0), out.stride(0),
+        height, epilogue.activation, epilogue.add, block_m, block_n, BLOCK, split, k % BLOCK == 0,
+        has_ptx(x.device), bool(pdl), num_warps=config["warps"], num_stages=config["stages"], **pdl,
     )  # fmt: skip
