@@ -69,7 +69,8 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
     """
     wait_in_order(PDL, ORDER)
     WORDS: tl.constexpr = 2 if KIND == "half_pair" or (KIND == "byte_pair" and GROUP == 16) else 1
-    SCALES: tl.constexpr = BLOCK_K // 64 * WORDS
+    SCALES: tl.constexpr = BLOCK_K // 128 if KIND == "power" else BLOCK_K // 64 * WORDS
+    ROW_SCALES: tl.constexpr = SCALES * 256 // BLOCK_K  # words for 256 columns
     LOW_WORDS: tl.constexpr = BLOCK_K * LOW_BITS // 16
     HIGH_WORDS: tl.constexpr = BLOCK_K * HIGH_BITS // 16
     job, part = tl.program_id(0), tl.program_id(1)
@@ -78,7 +79,7 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
     first_feature = tile * (BLOCK_N // 2 if ACTIVATION != "none" else BLOCK_N)
     w_row = weight_rows(tile, features, BLOCK_N, ACTIVATION != "none")
     scale_word = tl.arange(0, SCALES)[None, :]
-    scales_tile = scales_ptr + (w_row * (units * (4 * WORDS)))[:, None] + scale_word
+    scales_tile = scales_ptr + (w_row * (units * ROW_SCALES))[:, None] + scale_word
     if supers_ptr is not None:
         supers_row = w_row * units
         parity = (supers_row & 1).to(tl.int32)
