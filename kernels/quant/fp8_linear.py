@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.cases import BF16, BOTH, Case, random
 from squall.kernels.lang import next_power_of_2
-from squall.kernels.linear import blas, blas_add
+from squall.kernels.linear import blas_add, blas_into
 from squall.kernels.linear_epilogue import Epilogue
 from squall.kernels.op import op
 from squall.kernels.quant import fp8_gemv, fp8_skinny
@@ -139,7 +139,7 @@ def _linear(
     y = torch.empty((x.shape[0], weight[0].shape[0]), dtype=dtype, device=x.device)
     if "expand" in config:
         for rows, some_bias, columns in _expanded(weight, x.dtype, bias):
-            y[:, columns] = blas(x, rows, some_bias, dtype)
+            blas_into(x, rows, some_bias, y[:, columns])
     elif "gemv" in config:
         fp8_gemv.gemv(x, weight, Epilogue(y, bias), config)
     else:
