@@ -105,7 +105,7 @@ def _key(n: int, k: int, bucket: int) -> str:
     return f"n{n}-k{k}-m{bucket}"
 
 
-def _choose(rows: int, data: Tensor, dtype: torch.dtype, gated: bool) -> Config:
+def _choose(rows: int, data: Tensor, dtype: torch.dtype) -> Config:
     """How to multiply ``rows`` rows of ``dtype`` (rounded, if they are still to be normalised)."""
     (n, k), bucket = data.shape, _bucket(rows)
     if dtype == torch.float32 or bucket > fp8_skinny.MAX_ROWS or not fp8_skinny.supports(data):
@@ -116,7 +116,7 @@ def _choose(rows: int, data: Tensor, dtype: torch.dtype, gated: bool) -> Config:
     if rows == 1 and fp8_gemv.supports(data):
         return fp8_gemv.rule(k)
     if bucket <= _MAX_UNTUNED_SKINNY:
-        return fp8_skinny.rule(n // 2 if gated else n, k, gated, data.device)
+        return fp8_skinny.rule(bucket, n, k, data.device)
     return _EXPAND
 
 
@@ -191,7 +191,7 @@ def fp8_linear_launcher(
     check_weight(data, scales, height)
     if x.shape[0] == 0:
         return _linear_fake(x, data, scales, height, bias, dtype)
-    config = _choose(x.shape[0], data, x.dtype, gated=False)
+    config = _choose(x.shape[0], data, x.dtype)
     return _linear(x, (data, scales, height), bias, dtype, config)
 
 
@@ -214,7 +214,7 @@ def fp8_norm_linear_launcher(
     weight = data, scales, height
     if stream.shape[0] == 0:
         return _norm_linear_fake(stream, norm, eps, *weight, bias, activation, rounded, dtype)
-    config = _choose(stream.shape[0], data, rounded, gated=activation != "none")
+    config = _choose(stream.shape[0], data, rounded)
     return _norm_linear(stream, norm, eps, weight, bias, activation, rounded, dtype, config)
 
 
@@ -224,7 +224,7 @@ def fp8_linear_add_launcher(
     assert stream.dtype == torch.float32, f"stream {stream.dtype}"
     check_weight(data, scales, height)
     if x.shape[0]:
-        config = _choose(x.shape[0], data, x.dtype, gated=False)
+        config = _choose(x.shape[0], data, x.dtype)
         _linear_add(x, (data, scales, height), bias, stream, config)
 
 
@@ -407,11 +407,10 @@ def _runner(n: int, k: int, rows: int, device: torch.device) -> Callable[[Config
 def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
     """Every bucket of rows; what a weight is for follows from its size, as in ``linear``."""
     for n, k in shapes:
-        gated = 4 * k <= n <= 65536
         for bucket in (1, 8, 16, 32, 64, 128, 256):
             found: Iterable[Config] = fp8_gemv.candidates(k)
             if bucket > 1:
-                found = fp8_skinny.candidates(bucket, n // 2 if gated else n, k, gated)
+                found = fp8_skinny.candidates(bucket, n, k)
 
             def build(
                 device: torch.device, n: int = n, k: int = k, rows: int = bucket

@@ -134,21 +134,26 @@ def _config(block_n: int, split: int, warps: int, stages: int) -> Config:
     return {"skinny": 1, "block_n": block_n, "split": split, "warps": warps, "stages": stages}
 
 
-def rule(features: int, k: int, gated: bool, device: torch.device) -> Config:
-    """Launch parameters for up to 64 rows where no table has the problem: four programs a
-    multiprocessor with at least four blocks of columns each."""
-    tiles = -(-features * (2 if gated else 1) // 64)
-    wanted = 4 * multiprocessors(device) // tiles
-    return _config(64, max(1, min(wanted, blocks_of(k) // 4, 8)), warps=4, stages=4)
+def rule(bucket: int, weights: int, k: int, device: torch.device) -> Config:
+    """Launch parameters for up to 64 rows of x and ``weights`` rows of w where no table has the
+    problem: four programs a multiprocessor, or three where x takes more shared memory than the
+    weights, with at least four blocks of columns each."""
+    programs, stages = (4, 4) if bucket <= 32 else (3, 3)
+    wanted = programs * multiprocessors(device) // -(-weights // 64)
+    return _config(64, max(1, min(wanted, blocks_of(k) // 4, 8)), warps=4, stages=stages)
 
 
-def candidates(bucket: int, features: int, k: int, gated: bool) -> Iterator[Config]:
-    """Launch parameters worth measuring for ``bucket`` rows of x."""
-    tiles: tuple[tuple[int, int, int], ...] = ((64, 4, 3), (128, 8, 3))
-    if bucket <= 64:
+def candidates(bucket: int, weights: int, k: int) -> Iterator[Config]:
+    """Launch parameters worth measuring for ``bucket`` rows of x and ``weights`` rows of w."""
+    tiles: tuple[tuple[int, int, int], ...]
+    if bucket <= 32:
         tiles = ((32, 4, 4), (64, 4, 4), (64, 4, 5), (128, 4, 4), (128, 8, 4))
+    elif bucket <= 128:
+        tiles = ((64, 4, 2), (64, 4, 3), (128, 8, 3))
+    else:
+        tiles = ((64, 4, 2), (64, 8, 2), (128, 8, 2))
     for block_n, warps, stages in tiles:
-        count = -(-features * (2 if gated else 1) // block_n)
+        count = -(-weights // block_n)
         # One to four programs a multiprocessor of a GPU with 132.
         splits = {max(1, min(round(n * 132 / count), blocks_of(k) // 2, 16)) for n in (1, 2, 3, 4)}
         for split in sorted(splits):
