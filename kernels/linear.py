@@ -108,16 +108,6 @@ def blas(x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tenso
     return y if bias is None else y.add_(bias)
 
 
-def blas_into(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """``linear`` by the vendor's library into ``out``, whose rows may be strided."""
-    if out.dtype != x.dtype:
-        out.copy_(blas(x, w, bias, out.dtype))
-    elif bias is None:
-        torch.mm(x, w.t(), out=out)
-    else:
-        torch.addmm(bias.to(x.dtype), x, w.t(), out=out)
-
-
 def blas_add(x: Tensor, w: Tensor, bias: Tensor | None, stream: Tensor) -> None:
     """``linear_add`` by the vendor's library, the addition in its epilogue."""
     if w.dtype == torch.float32 or not x.is_cuda:

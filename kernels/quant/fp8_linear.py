@@ -21,8 +21,7 @@ weights expanded to x's dtype, a bounded number of rows at a time, for the vendo
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import cycle
+from collections.abc import Iterator
 from types import MappingProxyType
 
 import torch
@@ -32,24 +31,24 @@ from torch.nn import functional as F
 from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.cases import BF16, BOTH, Case, random
 from squall.kernels.lang import next_power_of_2
-from squall.kernels.linear import blas_add, blas_into
+from squall.kernels.linear import blas_add
 from squall.kernels.linear_epilogue import Epilogue
 from squall.kernels.op import op
 from squall.kernels.quant import fp8_gemv, fp8_skinny
 from squall.kernels.quant.fp8 import (
     BLOCK,
-    blocks_of,
     check_weight,
     fp8_expand,
     fp8_expand_reference,
     random_fp8,
 )
+from squall.kernels.quant.scratch import blas_into
 from squall.kernels.rmsnorm import rms_norm, rms_norm_launcher
-from squall.kernels.tuning import Config, Problem, Tunable, tuned
+from squall.kernels.tuning import Config, tuned
 
 _REFERENCE_WEIGHTS = 4 << 20  # dequantised at a time by the reference: 16 MiB of float32
 _SCRATCH_BYTES = 256 << 20  # of weights expanded at a time
-_EXPAND: Config = MappingProxyType({"expand": 1})
+EXPAND: Config = MappingProxyType({"expand": 1})
 _MAX_UNTUNED_SKINNY = 64
 
 Fp8 = tuple[Tensor, Tensor, int]
@@ -101,7 +100,7 @@ def _bucket(rows: int) -> int:
 
 
 @functools.cache
-def _key(n: int, k: int, bucket: int) -> str:
+def tuning_key(n: int, k: int, bucket: int) -> str:
     return f"n{n}-k{k}-m{bucket}"
 
 
@@ -109,15 +108,15 @@ def _choose(rows: int, data: Tensor, dtype: torch.dtype) -> Config:
     """How to multiply ``rows`` rows of ``dtype`` (rounded, if they are still to be normalised)."""
     (n, k), bucket = data.shape, _bucket(rows)
     if dtype == torch.float32 or bucket > fp8_skinny.MAX_ROWS or not fp8_skinny.supports(data):
-        return _EXPAND
-    found = tuned("fp8", _key(n, k, bucket), data.device)
+        return EXPAND
+    found = tuned("fp8", tuning_key(n, k, bucket), data.device)
     if found is not None and ("gemv" not in found or fp8_gemv.supports(data)):
         return found
     if rows == 1 and fp8_gemv.supports(data):
         return fp8_gemv.rule(k)
     if bucket <= _MAX_UNTUNED_SKINNY:
         return fp8_skinny.rule(bucket, n, k, data.device)
-    return _EXPAND
+    return EXPAND
 
 
 def _expanded(
@@ -133,9 +132,10 @@ def _expanded(
         yield rows, None if bias is None else bias[part], part
 
 
-def _linear(
+def multiply(
     x: Tensor, weight: Fp8, bias: Tensor | None, dtype: torch.dtype, config: Config
 ) -> Tensor:
+    """``fp8_linear`` in the way that ``config`` says, on a GPU; so are the two below."""
     y = torch.empty((x.shape[0], weight[0].shape[0]), dtype=dtype, device=x.device)
     if "expand" in config:
         for rows, some_bias, columns in _expanded(weight, x.dtype, bias):
@@ -147,7 +147,7 @@ def _linear(
     return y
 
 
-def _norm_linear(
+def norm_multiply(
     stream: Tensor,
     norm: Tensor,
     eps: float,
@@ -161,7 +161,7 @@ def _norm_linear(
     if "gemv" not in config:
         x = rms_norm_launcher(stream, norm, eps, rounded)
         if "expand" in config:
-            return ACTIVATIONS[activation](_linear(x, weight, bias, dtype, config))
+            return ACTIVATIONS[activation](multiply(x, weight, bias, dtype, config))
     features = weight[0].shape[0] // (1 if activation == "none" else 2)
     y = torch.empty((stream.shape[0], features), dtype=dtype, device=stream.device)
     epilogue = Epilogue(y, bias, activation)
@@ -172,7 +172,7 @@ def _norm_linear(
     return y
 
 
-def _linear_add(
+def multiply_add(
     x: Tensor, weight: Fp8, bias: Tensor | None, stream: Tensor, config: Config
 ) -> None:
     if "expand" in config:
@@ -192,7 +192,7 @@ def fp8_linear_launcher(
     if x.shape[0] == 0:
         return _linear_fake(x, data, scales, height, bias, dtype)
     config = _choose(x.shape[0], data, x.dtype)
-    return _linear(x, (data, scales, height), bias, dtype, config)
+    return multiply(x, (data, scales, height), bias, dtype, config)
 
 
 def fp8_norm_linear_launcher(
@@ -215,7 +215,7 @@ def fp8_norm_linear_launcher(
     if stream.shape[0] == 0:
         return _norm_linear_fake(stream, norm, eps, *weight, bias, activation, rounded, dtype)
     config = _choose(stream.shape[0], data, rounded)
-    return _norm_linear(stream, norm, eps, weight, bias, activation, rounded, dtype, config)
+    return norm_multiply(stream, norm, eps, weight, bias, activation, rounded, dtype, config)
 
 
 def fp8_linear_add_launcher(
@@ -225,7 +225,7 @@ def fp8_linear_add_launcher(
     check_weight(data, scales, height)
     if x.shape[0]:
         config = _choose(x.shape[0], data, x.dtype)
-        _linear_add(x, (data, scales, height), bias, stream, config)
+        multiply_add(x, (data, scales, height), bias, stream, config)
 
 
 def _linear_fake(
@@ -378,47 +378,3 @@ def _cases() -> Iterator[Case]:
 
 
 CASES = tuple(_cases())
-
-
-def _runner(n: int, k: int, rows: int, device: torch.device) -> Callable[[Config], None]:
-    """One product, of the kind that weights of this size are for, as in ``linear``."""
-    generator = torch.Generator(device).manual_seed(0)
-    data, scales = random_fp8(n, k, BLOCK, device, generator)
-    copies = [data, *(data.clone() for _ in range((256 << 20) // data.nbytes))]
-    weights = cycle([(copy, scales, BLOCK) for copy in copies])
-    stream = torch.randn((rows, k), device=device)
-    x, norm = stream.bfloat16(), torch.ones(k, device=device)
-    target = torch.zeros((rows, n), device=device)
-    activation = "silu" if n >= 4 * k and n % 2 == 0 else "none"
-
-    def run(config: Config) -> None:
-        weight = next(weights)
-        if n > 65536:
-            _linear(x, weight, None, torch.float32, config)
-        elif n <= k:
-            _linear_add(x, weight, None, target, config)
-        else:
-            like = stream, norm, 1e-5, weight, None, activation, x.dtype, x.dtype
-            _norm_linear(*like, config)
-
-    return run
-
-
-def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
-    """Every bucket of rows; what a weight is for follows from its size, as in ``linear``."""
-    for n, k in shapes:
-        for bucket in (1, 8, 16, 32, 64, 128, 256):
-            found: Iterable[Config] = fp8_gemv.candidates(k)
-            if bucket > 1:
-                found = fp8_skinny.candidates(bucket, n, k)
-
-            def build(
-                device: torch.device, n: int = n, k: int = k, rows: int = bucket
-            ) -> Callable[[Config], None]:
-                return _runner(n, k, rows, device)
-
-            nbytes = n * k + 4 * blocks_of(n) * blocks_of(k)
-            yield Problem(_key(n, k, bucket), nbytes, build, (*found, _EXPAND))
-
-
-TUNABLE = Tunable("fp8", _problems)

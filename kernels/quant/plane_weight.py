@@ -20,11 +20,12 @@ from torch import Tensor
 
 from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.lang import next_power_of_2
-from squall.kernels.linear import blas_add, blas_into
+from squall.kernels.linear import blas_add
 from squall.kernels.quant import gemm, gemv
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.expand import expand_planes, plane_rows
 from squall.kernels.quant.planes import Planes, layout, padded, random_planes, tuning_key
+from squall.kernels.quant.scratch import blas_into
 from squall.kernels.rmsnorm import rms_norm
 from squall.kernels.tuning import Config, Problem, Tunable, tuned
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from squall.kernels.cases import ERROR_LIMITS, Case, random, relative_error, results
 from squall.kernels.counters import counters
 from squall.kernels.linear_epilogue import Epilogue
-from squall.kernels.quant import fp8, fp8_gemv, fp8_linear, fp8_skinny
+from squall.kernels.quant import fp8, fp8_gemv, fp8_linear, fp8_skinny, fp8_tunables
 from squall.kernels.quant.fp8 import fp8_expand, random_fp8
 from squall.kernels.quant.fp8_weight import Fp8Weight
 from squall.kernels.tuning import Config
@@ -133,11 +133,11 @@ def test_scratch_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_fp8(140, 200, 128, CPU, torch.Generator().manual_seed(2))
     x, bias = random((9, 200), torch.float32, CPU, 1), random((140,), torch.float32, CPU, 2)
     (want,) = linear_formula(x, *weight, 128, bias, torch.float32)
-    got = fp8_linear._linear(x, (*weight, 128), bias, torch.float32, {"expand": 1})
+    got = fp8_linear.multiply(x, (*weight, 128), bias, torch.float32, {"expand": 1})
     assert relative_error(got, want) <= ERROR_LIMITS[torch.float32]
     stream = random((9, 140), torch.float32, CPU, 3)
     want += stream
-    fp8_linear._linear_add(x, (*weight, 128), bias, stream, {"expand": 1})
+    fp8_linear.multiply_add(x, (*weight, 128), bias, stream, {"expand": 1})
     assert relative_error(stream, want) <= ERROR_LIMITS[torch.float32]
 
 
@@ -356,7 +356,7 @@ def test_rows_decide_how_to_multiply() -> None:
 
 
 def test_launch_parameters_are_legal() -> None:
-    problems = list(fp8_linear.TUNABLE.problems([(6144, 4096), (28672, 4096), (7168, 18432)]))
+    problems = list(fp8_tunables.TUNABLE.problems([(6144, 4096), (28672, 4096), (7168, 18432)]))
     assert len({problem.key for problem in problems}) == len(problems) == 21
     for problem in problems:
         assert problem.candidates[-1] == {"expand": 1}
