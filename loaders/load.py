@@ -19,6 +19,7 @@ from squall.loaders.gguf_config import gguf_config
 from squall.loaders.hf_config import ConfigReader, eos_ids, find_architecture
 from squall.loaders.hub import ModelFiles
 from squall.loaders.progress import Progress
+from squall.loaders.quantization import check_quantization
 from squall.loaders.safetensors import SafetensorsFolder
 from squall.loaders.text_part import text_name
 from squall.loaders.tokenizer import Tokenizer
@@ -36,7 +37,11 @@ _DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8",
 }
+# Weight types without float16 numbers.
+_NO_F16 = ("BF16", "F32", "F64", "F8_E4M3", "U8", "MXFP4")
 
 
 @dataclass(frozen=True)
@@ -67,10 +72,7 @@ class Checkpoint:
             problem = check_rope(rope)
             if problem:
                 raise reader.fail("rope_scaling", problem)
-        if reader.has("quantization_config"):
-            raise reader.fail(
-                "quantization_config", "quantised safetensors are not supported; GGUF files are"
-            )
+        check_quantization(reader)
         return config
 
     def decoder(
@@ -78,7 +80,7 @@ class Checkpoint:
     ) -> Decoder:
         """The model with its weights on ``device``; ``max_len`` tokens is its longest sequence.
 
-        Floating-point weights are converted to ``dtype``, GGUF blocks stay as they are. A tensor
+        Floating-point weights are converted to ``dtype``, quantised ones stay as they are. A tensor
         that is missing, misshapen or left over is an error.
         """
         config = self.config()
@@ -121,7 +123,7 @@ class Checkpoint:
 
     def stores_f16(self) -> bool:
         """Whether most weights are float16, or quantised with float16 scales."""
-        return self._commonest_type() not in ("BF16", "F32", "F64")
+        return self._commonest_type() not in _NO_F16
 
     def _commonest_type(self) -> str:
         """The type most bytes of the file have, as its format spells it."""

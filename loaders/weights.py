@@ -10,18 +10,22 @@ import torch
 from torch import Tensor
 
 from squall.kernels.moe.experts import BlockExperts, DenseExperts, Experts, place_experts
-from squall.kernels.quant.base import QuantFormat
+from squall.kernels.quant.base import QuantFormat, gguf_formats
+from squall.kernels.quant.fp8 import blocks_of
+from squall.kernels.quant.fp8_weight import Fp8Weight
 from squall.kernels.weight import BlockWeight, DenseWeight, Weight, place
 from squall.loaders.errors import ModelLoadError
 from squall.loaders.gguf import GGUFFile
 from squall.loaders.gguf_names import NAME_MAPS, unpermute_rows
+from squall.loaders.mxfp4 import gate_then_up, read_experts
 from squall.loaders.progress import Advance
-from squall.loaders.safetensors import SafetensorsFolder
+from squall.loaders.safetensors import DTYPES, SafetensorsFolder
 from squall.models.config import MoEConfig
 
 # Tensors older exporters left in checkpoints; they can be derived and no model reads them.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 _IN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_MXFP4 = 39  # GGML's number of the type
 _MAX_NAMED = 3  # unused tensors named in an error
 
 
@@ -66,11 +70,12 @@ class SafetensorsWeights(_FileWeights):
         super().__init__(dtype, device, advance)
         self._folder = folder
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _read(
+        self, name: str, shape: tuple[int, ...], accepted: str = "F64, F32, F16, BF16"
+    ) -> Tensor:
         data = self._folder.tensor(name)
         _check_shape(str(self._folder.path(name)), name, tuple(data.shape), shape)
-        if not data.dtype.is_floating_point or data.dtype.itemsize < 2:
-            accepted = "F64, F32, F16, BF16"
+        if data.dtype not in {DTYPES[kind] for kind in accepted.split(", ")}:
             raise ModelLoadError(
                 f"{self._folder.path(name)}: tensor {name} is {data.dtype}, accepted: {accepted}"
             )
@@ -91,7 +96,21 @@ class SafetensorsWeights(_FileWeights):
         return self._place(torch.stack(rows), torch.float32)
 
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
-        return DenseWeight(self._place(self._read(name, (out_features, in_features)), self.dtype))
+        shape = (out_features, in_features)
+        if self._folder.info(name).dtype == torch.float8_e4m3fn:
+            return self._fp8(name, shape)
+        return DenseWeight(self._place(self._read(name, shape), self.dtype))
+
+    def _fp8(self, name: str, shape: tuple[int, int]) -> Fp8Weight:
+        """An FP8 matrix and its scales, ``<name>_scale_inv``."""
+        path, scales_name = self._folder.path(name), f"{name}_scale_inv"
+        if scales_name not in self._folder:
+            raise ModelLoadError(f"{path}: tensor {name} is F8_E4M3, but {scales_name} is missing")
+        data = self._read(name, shape, accepted="F8_E4M3").view(torch.uint8)
+        blocks = blocks_of(shape[0]), blocks_of(shape[1])
+        scales = self._read(scales_name, blocks, accepted="F32, F16, BF16")
+        placed = self._place(data, torch.uint8), self._place(scales, torch.float32)
+        return Fp8Weight(*placed, self.dtype)
 
     def skip(self, name: str) -> None:
         self._used.add(name)
@@ -100,19 +119,29 @@ class SafetensorsWeights(_FileWeights):
         return self._place(self._read(name, shape), torch.float32)
 
     def experts(self, prefix: str, moe: MoEConfig, hidden: int) -> Experts:
-        inner, size = moe.intermediate_size, (moe.experts, hidden)
-        up, up_bias = [prefix + name for name in moe.gate_up], None
-        down, down_bias = [prefix + moe.down], None
+        count, inner = moe.experts, moe.intermediate_size
+        up, down = [prefix + name for name in moe.gate_up], [prefix + moe.down]
+        up_bias = down_bias = None
         if moe.biases is not None:
             names = [prefix + name for name in moe.biases]
-            up_bias = _in_order(self._stacked(names[0], size[0], 2 * inner), moe.interleaved)
-            down_bias = self._stacked(names[1], *size)
+            up_bias = _in_order(self._stacked(names[0], count, 2 * inner), moe.interleaved)
+            down_bias = self._stacked(names[1], count, hidden)
+        if f"{up[0]}_blocks" in self._folder:
+            gate_up = _in_order(self._mxfp4(up[0], (count, 2 * inner, hidden)), moe.interleaved)
+            form = gguf_formats()[_MXFP4]
+            blocks = (form, gate_up), (form, self._mxfp4(down[0], (count, hidden, inner)))
+            return place_experts(
+                BlockExperts(blocks[:1], up_bias, blocks[1], down_bias, self.dtype)
+            )
+        gate_up = _in_order(self._stack(up, count, 2 * inner, hidden, moe), moe.interleaved)
         return DenseExperts(
-            _in_order(self._stack(up, size[0], 2 * inner, hidden, moe), moe.interleaved),
-            up_bias,
-            self._stack(down, *size, inner, moe),
-            down_bias,
+            gate_up, up_bias, self._stack(down, count, hidden, inner, moe), down_bias
         )
+
+    def _mxfp4(self, name: str, shape: tuple[int, int, int]) -> Tensor:
+        """A stack of experts as GGUF's blocks of MXFP4, uint8 ``[experts, rows, row bytes]``."""
+        self._used.update((f"{name}_blocks", f"{name}_scales"))
+        return self._place(read_experts(self._folder, name, shape), torch.uint8)
 
     def _stack(
         self, names: list[str], count: int, rows: int, in_features: int, moe: MoEConfig
@@ -130,8 +159,15 @@ class SafetensorsWeights(_FileWeights):
         places = data.view(count, len(names), -1, in_features)
         for expert, (i, name) in itertools.product(range(count), enumerate(names)):
             place = places[expert, i]
-            place.copy_(self._place(self._read(name.format(expert), place.shape), self.dtype))
+            place.copy_(self._expert(name.format(expert), place.shape))
         return data
+
+    def _expert(self, name: str, shape: torch.Size) -> Tensor:
+        """One expert's matrix. FP8 is expanded: the experts' products have no kernel for it."""
+        if self._folder.info(name).dtype == torch.float8_e4m3fn:
+            rows = torch.arange(shape[0], device=self.device)
+            return self._fp8(name, (shape[0], shape[1])).rows(rows, self.dtype)
+        return self._place(self._read(name, tuple(shape)), self.dtype)
 
     def _stacked(self, name: str, *shape: int) -> Tensor:
         return self._place(self._read(name, shape), self.dtype)
@@ -156,8 +192,7 @@ def _layer(name: str) -> int:
 
 
 def _in_order(rows: Tensor, interleaved: bool) -> Tensor:
-    """``[count, rows, ...]`` with the rows of gate, which take turns with those of up, first."""
-    return torch.cat((rows[:, ::2], rows[:, 1::2]), 1) if interleaved else rows
+    return gate_then_up(rows) if interleaved else rows
 
 
 class GGUFWeights(_FileWeights):

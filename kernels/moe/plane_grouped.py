@@ -58,7 +58,8 @@ def _plane_grouped_kernel(  # type: ignore[no-untyped-def]
     describes sorted rows by ``[BLOCK_M, BLOCK_K]``, without it x is read by pointer."""
     GATED: tl.constexpr = ACTIVATION != "none"
     WORDS: tl.constexpr = 2 if KIND == "half_pair" or (KIND == "byte_pair" and GROUP == 16) else 1
-    SCALES: tl.constexpr = BLOCK_K // 64 * WORDS
+    SCALES: tl.constexpr = BLOCK_K // 128 if KIND == "power" else BLOCK_K // 64 * WORDS
+    ROW_SCALES: tl.constexpr = SCALES * 256 // BLOCK_K  # words for 256 columns
     tile, m = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     wait_for_inputs(PDL)
     rows = tl.load(rows_ptr + m)
@@ -73,7 +74,7 @@ def _plane_grouped_kernel(  # type: ignore[no-untyped-def]
         feature = tile * (BLOCK_N // 2 if GATED else BLOCK_N)
         w_row = first_row + weight_rows(tile, features, BLOCK_N, GATED)
         scale_word = tl.arange(0, SCALES)[None, :]
-        scales_tile = scales_ptr + (w_row * (units * (4 * WORDS)))[:, None] + scale_word
+        scales_tile = scales_ptr + (w_row * (units * ROW_SCALES))[:, None] + scale_word
         matrix = expert * (2 if GATED else 1)
         z = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for i in range(0, tl.cdiv(K, BLOCK_K)):

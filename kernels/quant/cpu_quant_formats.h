@@ -51,6 +51,10 @@ INLINE V madd(V sum, V a, V b) {
 INLINE F multiply_add(F a, F b, F sum) { return _mm512_fmadd_ps(a, b, sum); }
 INLINE F to_float(V v) { return _mm512_cvtepi32_ps((__m512i)v); }
 INLINE F half_lanes(V v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)v)); }
+INLINE V look_up(const int8_t table[16], V v) { /* table[byte], below 16, in every byte */
+    __m512i entries = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)table));
+    return (V)_mm512_shuffle_epi8(entries, (__m512i)v);
+}
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 INLINE V madd(V sum, V a, V b) {
 #if defined(__AVXVNNI__)
@@ -64,6 +68,10 @@ INLINE F to_float(V v) { return _mm256_cvtepi32_ps((__m256i)v); }
 INLINE F half_lanes(V v) {
     __m256i packed = _mm256_packus_epi32((__m256i)(v & 0xffff), (__m256i)(v & 0xffff));
     return _mm256_cvtph_ps(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 8)));
+}
+INLINE V look_up(const int8_t table[16], V v) {
+    __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)table));
+    return (V)_mm256_shuffle_epi8(entries, (__m256i)v);
 }
 #else
 #define PORTABLE
@@ -79,6 +87,10 @@ INLINE F half_lanes(V v) { /* rebias the exponent; subnormals and infinities apa
     V is_small = exponent == 0, is_special = exponent == 0x7c00;
     V value = (small & is_small) | (special & is_special) | (normal & ~(is_small | is_special));
     return (F)(value | sign);
+}
+INLINE V look_up(const int8_t table[16], V v) {
+    for (size_t i = 0; i < sizeof v; i++) ((int8_t *)&v)[i] = table[((uint8_t *)&v)[i]];
+    return v;
 }
 #endif
 
@@ -212,15 +224,31 @@ INLINE void q5_1(Column c, V *q, F *scale, F *min) {
     q5(c, 4, q, 0);
 }
 
+/* Steps of the four int8 in every word. */
+INLINE void byte_steps(V v, V *q) {
+    q[0] = (V)((H)(v << 8) >> 8);
+    q[NV] = (V)((H)v >> 8);
+}
+
 INLINE void q8_0(Column c, V *q, F *scale, F *min) {
     V v[8];
     *scale = half_lanes(load_word(c, 0, 0));
     load_words(c, 2, v);
     load_words(c, 18, v + 4);
     UNROLL
-    for (int j = 0; j < 8; j++) {
-        q[2 * j * NV] = (V)((H)(v[j] << 8) >> 8);
-        q[(2 * j + 1) * NV] = (V)((H)v[j] >> 8);
+    for (int j = 0; j < 8; j++) byte_steps(v[j], q + 2 * j * NV);
+}
+
+/* Exponent u8, 4 bits [32] that stand for twice an e2m1 number. */
+INLINE void mxfp4(Column c, V *q, F *scale, F *min) {
+    static const int8_t codes[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+    V v[4], e = load_word(c, 0, 0) & 0xff, small = e < 2; /* 2^(e - 128): the first two are subnormal */
+    *scale = (F)((((0x00200000 + (V){0}) << (e & 1)) & small) | (V)((U)(e - 1) << 23) & ~small);
+    load_words(c, 1, v);
+    UNROLL
+    for (int j = 0; j < 4; j++) {
+        byte_steps(look_up(codes, v[j] & 0x0f0f0f0f), q + 2 * j * NV);
+        byte_steps(look_up(codes, (V)((U)v[j] >> 4) & 0x0f0f0f0f), q + (2 * j + 8) * NV);
     }
 }
 

@@ -109,7 +109,7 @@ def launch_config(
     block_m, block_n, block_k = tile
     # Blocks take words of a plane whole: 128 weights of 2 bits, 256 of 1 bit.
     block_k = max(block_k, 256 if plan.high_bits == 1 else 128 if plan.low_bits == 2 else 64)
-    if plan.high_bits == 2:
+    if plan.high_bits == 2 or plan.scales == "power":  # four scales a word
         block_k = max(block_k, 128)
     stage = block_k * (block_m * 16 + block_n * (plan.low_bits + plan.high_bits + 1)) // 8
     kept = (block_m + block_k // 2) * block_n // (32 * warps)

@@ -137,14 +137,15 @@ def plane_gemm_kernel(  # type: ignore[no-untyped-def]
     """
     wait_in_order(PDL, ORDER)
     WORDS: tl.constexpr = 2 if KIND == "half_pair" or (KIND == "byte_pair" and GROUP == 16) else 1
-    SCALES: tl.constexpr = BLOCK_K // 64 * WORDS
+    SCALES: tl.constexpr = BLOCK_K // 128 if KIND == "power" else BLOCK_K // 64 * WORDS
+    ROW_SCALES: tl.constexpr = SCALES * 256 // BLOCK_K  # words for 256 columns
     job, part = tl.program_id(0), tl.program_id(1)
     m_tiles = tl.cdiv(rows, BLOCK_M)
     tile, first_row = job // m_tiles, job % m_tiles * BLOCK_M
     first_feature = tile * (BLOCK_N // 2 if ACTIVATION != "none" else BLOCK_N)
     w_row = weight_rows(tile, features, BLOCK_N, ACTIVATION != "none")
     scale_word = tl.arange(0, SCALES)[None, :]
-    scales_tile = scales_ptr + (w_row * (units * (4 * WORDS)))[:, None] + scale_word
+    scales_tile = scales_ptr + (w_row * (units * ROW_SCALES))[:, None] + scale_word
     supers_row = w_row * units
 
     z = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)

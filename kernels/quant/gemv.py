@@ -133,6 +133,11 @@ def candidates(chunks: int) -> Iterator[Config]:
                     yield {"rows": rows, "warps": warps, "programs": programs}
 
 
+def _word_bits(plan: Layout) -> int:
+    """Of the words in which scales are loaded: those of a unit, or 32."""
+    return 16 if plan.low_bits == 8 or plan.scales == "power" else 32
+
+
 def _as_words(scales: Tensor, bits: int) -> Tensor:
     """Scales as the kernel loads them: ``[N, words]`` of 16 or 32 bits."""
     return scales.view(scales.shape[0], -1).view(torch.int16 if bits == 16 else torch.int32)
@@ -218,7 +223,7 @@ def _launch(
         norm,
         low,
         high,
-        _as_words(scales, 16 if plan.low_bits == 8 else 32),
+        _as_words(scales, _word_bits(plan)),
         None if supers is None else _as_words(supers, 32 if plan.paired else 16),
         epilogue.bias,
         epilogue.out,

@@ -26,7 +26,8 @@ from tests.e2e.test_golden_logits import CASES, SIZES, TOKENS, save_random
 Config = Any  # a transformers config
 Keys = dict[str, Any]
 
-Q8_0 = gguf.GGMLQuantizationType.Q8_0
+Kind = gguf.GGMLQuantizationType
+Q8_0, MXFP4 = Kind.Q8_0, Kind.MXFP4
 WHOLE_BLOCKS = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 96}
 _WHOLE_ALTUP = {
     "intermediate_size": 96,
@@ -298,17 +299,17 @@ def _kept(name: str) -> bool:
     return any(part in name for part in ("norm", "altup", "laurel", "per_layer_model_proj"))
 
 
-def _round_to_q8_0(model: torch.nn.Module) -> None:
-    """Give every matrix values that Q8_0 holds exactly."""
+def _round_to(model: torch.nn.Module, kind: Kind) -> None:
+    """Give every matrix values that the type holds exactly."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and not _kept(name):
-                blocks = gguf.quants.quantize(parameter.numpy(), Q8_0)
-                parameter.copy_(torch.from_numpy(gguf.quants.dequantize(blocks, Q8_0)))
+                blocks = gguf.quants.quantize(parameter.numpy(), kind)
+                parameter.copy_(torch.from_numpy(gguf.quants.dequantize(blocks, kind)))
 
 
 def write_gguf(
-    path: Path, model: torch.nn.Module, architecture: str, keys: Keys, quantized: bool
+    path: Path, model: torch.nn.Module, architecture: str, keys: Keys, kind: Kind | None
 ) -> None:
     config = model.config
     sizes = {
@@ -338,8 +339,8 @@ def write_gguf(
     writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(SIZES["vocab_size"])])
     for name, tensor in _tensors(model, architecture).items():
         data = tensor.float().contiguous().numpy()
-        if quantized and data.ndim == 2 and not _kept(name):
-            writer.add_tensor(name, gguf.quants.quantize(data, Q8_0), raw_dtype=Q8_0)
+        if kind is not None and data.ndim == 2 and not _kept(name):
+            writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, data)
     writer.write_header_to_file()
@@ -348,25 +349,28 @@ def write_gguf(
     writer.close()
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["f32", "q8_0"])
-@pytest.mark.parametrize("case", ROWS)
-def test_logits_equal_transformers(case: str, quantized: bool, tmp_path: Path) -> None:
-    """In Q8_0 the weights are those of the reference, and activations are rounded to 16 bits."""
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [(case, kind) for case in ROWS for kind in (None, Q8_0)] + [("llama", MXFP4)],
+    ids=lambda value: "f32" if value is None else str(getattr(value, "name", value)).lower(),
+)
+def test_logits_equal_transformers(case: str, kind: Kind | None, tmp_path: Path) -> None:
+    """Quantised, the weights are those of the reference, and activations are rounded to 16 bits."""
     architecture, keys, changes = ROWS[case]
     family, overrides = CASES[case]
-    sizes = WHOLE_BLOCKS if quantized else {}
+    sizes = WHOLE_BLOCKS if kind else {}
     reference = save_random(tmp_path / "hf", family, sizes | overrides | changes)
-    if quantized:
-        _round_to_q8_0(reference)
+    if kind:
+        _round_to(reference, kind)
     path = tmp_path / "model.gguf"
-    write_gguf(path, reference, architecture, keys(reference.config), quantized)
+    write_gguf(path, reference, architecture, keys(reference.config), kind)
     ids = torch.randint(0, SIZES["vocab_size"], (TOKENS,)).tolist()
     with torch.no_grad():
         expected = reference(torch.tensor([ids])).logits[0].float()
     checkpoint = Checkpoint(resolve(str(path)))
     model = checkpoint.decoder(torch.device("cpu"), torch.float32, TOKENS, NoProgress())
     found = sequence_logits(model, ids, TOKENS, block_size=8)
-    limit = (1e-3 if quantized else 1e-4) * expected.abs().max().item()
+    limit = (1e-3 if kind else 1e-4) * expected.abs().max().item()
     assert (found - expected).abs().max().item() <= limit
-    if not quantized:
+    if not kind:
         assert torch.equal(found.argmax(-1), expected.argmax(-1))

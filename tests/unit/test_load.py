@@ -32,6 +32,7 @@ CONFIG: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
 }
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+F8 = torch.float8_e4m3fn
 
 
 def tensors() -> dict[str, Tensor]:
@@ -71,6 +72,17 @@ def test_the_whole_folder_loads(tmp_path: Path) -> None:
     assert not checkpoint.stores_f16()
 
 
+def test_fp8_is_computed_in_bfloat16(tmp_path: Path) -> None:
+    weights = {name: weight.bfloat16() for name, weight in tensors().items()}
+    for name in [name for name in weights if "proj" in name]:
+        weights[name] = weights[name].to(F8)
+        weights[f"{name}_scale_inv"] = torch.ones(1, 1)
+    checkpoint = write(tmp_path, CONFIG, weights)
+    load(checkpoint)
+    assert checkpoint.format() == "F8_E4M3 safetensors"
+    assert not checkpoint.stores_f16()
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
@@ -78,8 +90,26 @@ def test_the_whole_folder_loads(tmp_path: Path) -> None:
         (lambda w: w.pop(Q_PROJ), f"tensor {Q_PROJ} is missing"),
         (lambda w: w.update(extra=torch.ones(1)), "the architecture does not use extra"),
         (lambda w: w.update({Q_PROJ: torch.ones(8, 8, dtype=torch.int8)}), "torch.int8, accepted"),
+        (
+            lambda w: w.update({Q_PROJ: w[Q_PROJ].to(F8)}),
+            f"tensor {Q_PROJ} is F8_E4M3, but {Q_PROJ}_scale_inv is missing",
+        ),
+        (
+            lambda w: w.update({Q_PROJ: w[Q_PROJ].to(F8), f"{Q_PROJ}_scale_inv": torch.ones(2, 1)}),
+            f"tensor {Q_PROJ}_scale_inv has shape [2, 1], expected [1, 1]",
+        ),
+        (
+            lambda w: w.update(
+                {Q_PROJ: w[Q_PROJ].to(F8), f"{Q_PROJ}_scale_inv": torch.ones(1, 1).to(F8)}
+            ),
+            "float8_e4m3fn, accepted: F32, F16, BF16",
+        ),
+        (
+            lambda w: w.update({"model.norm.weight": w["model.norm.weight"].to(F8)}),
+            "float8_e4m3fn, accepted: F64, F32, F16, BF16",
+        ),
     ],
-    ids=["shape", "missing", "left over", "dtype"],
+    ids=["shape", "missing", "left over", "dtype", "scales", "scale shape", "scale type", "vector"],
 )
 def test_weights_that_do_not_fit(
     tmp_path: Path, edit: Callable[[dict[str, Tensor]], object], message: str
@@ -105,7 +135,23 @@ def test_weights_that_do_not_fit(
         ({"hidden_size": None}, "hidden_size"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"rope_scaling": {"rope_type": "spiral"}}, "'spiral' is not supported; supported"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised safetensors are not"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quant_method: 'gptq' safetensors are not supported; accepted: fp8, mxfp4, GGUF",
+        ),
+        ({"quantization_config": {}}, "quantization_config.quant_method: missing"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "weight_block_size: one scale for a tensor; accepted: [128, 128]",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [1, 128]}},
+            "weight_block_size: blocks of [1, 128]; accepted: [128, 128]",
+        ),
+        (
+            {"quantization_config": {"quant_method": "fp8", "activation_scheme": "static"}},
+            "activation_scheme: found 'static', accepted: dynamic",
+        ),
         (
             {
                 "architectures": ["MistralForCausalLM"],
