@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from squall.kernels.quant.fp8_weight import Fp8Weight
+from squall.models.mlp import GatedMLP
 from squall.tools.logits import sequence_logits
 from tests.e2e.test_golden_logits import SIZES, TOKENS, load, save_random
 
@@ -93,9 +94,10 @@ def test_logits_equal_those_of_the_dequantised_model(
         expected = reference(torch.tensor([ids])).logits[0].float()
     model = load(tmp_path, device)
     block = model.blocks[0]
+    assert isinstance(block.mlp, GatedMLP)
     for linear, height in (
         (block.attention.qkv, qkv_height),
-        (block.mlp.linears[0], gate_height),
+        (block.mlp.gate_up, gate_height),
     ):
         assert isinstance(linear.weight, Fp8Weight)
         assert linear.weight.height == height
