@@ -168,6 +168,17 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             rope_theta=1e6,
             sliding_window=None,
         ),
+        "mixtral-8x7b": _llama(
+            32000,
+            (4096, 14336),
+            32,
+            (32, 8),
+            architectures=["MixtralForCausalLM"],
+            max_position_embeddings=32768,
+            rope_theta=1e6,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+        ),
         "phi-3.5-mini": _llama(
             32064,
             (3072, 8192),
@@ -181,6 +192,15 @@ CASES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen2.5-7b": _qwen(2, 152064, (3584, 18944), 28, (28, 4), tied=False),
         "qwen3-0.6b": {**_qwen(3, 151936, (1024, 3072), 28, (16, 8), tied=True), "head_dim": 128},
         "qwen3-8b": {**_qwen(3, 151936, (4096, 12288), 36, (32, 8), tied=False), "head_dim": 128},
+        "qwen3-30b-a3b": {
+            **_qwen(3, 151936, (2048, 6144), 48, (32, 4), tied=False),
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": True,
+        },
         "smollm2-135m": _llama(49152, (576, 1536), 30, (9, 3), rope_theta=1e5, **_SMOL),
         "smollm2-1.7b": _llama(49152, (2048, 8192), 24, (32, 32), rope_theta=1.3e5, **_SMOL),
     }
@@ -217,6 +237,10 @@ def weight_shapes(config: DecoderConfig, split_values: bool) -> list[tuple[int, 
     """
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
+    mlp = [(2 * inner, hidden), (hidden, inner)]
+    if all(layer.experts for layer in config.layers):
+        assert config.moe is not None
+        mlp = [(config.moe.experts, hidden)]
     attention = attention_shapes(config)
     if config.mla is not None:
         del attention[-2]  # used head by head, or for the tokens of whole prompts
@@ -224,8 +248,7 @@ def weight_shapes(config: DecoderConfig, split_values: bool) -> list[tuple[int, 
         attention[1:1] = [(q + kv, hidden), (kv, hidden)]
     shapes = [
         *attention,
-        (2 * inner, hidden),
-        (hidden, inner),
+        *mlp,
         (config.vocab_size, hidden),
     ]
     return list(dict.fromkeys(shapes))

@@ -14,8 +14,9 @@ import triton
 
 from squall.bench.cases import attention_shapes
 from squall.kernels.backends.device import backend_of
-from squall.models.config import DecoderConfig
+from squall.models.config import DecoderConfig, LayerConfig
 from squall.models.decoder import Decoder
+from squall.models.moe import MoE
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,25 @@ def _large(device: torch.device) -> torch.Tensor:
     return torch.rand((1 << 29) if device.type != "cpu" else (1 << 26), device=device)
 
 
-def streamed_bytes(model: Decoder) -> int:
-    """Bytes of weights a decode step must read: all but an embedding that is not also the head."""
+def streamed_bytes(model: Decoder, tokens: int) -> float:
+    """Bytes of weights a step of ``tokens`` must read: all but an embedding that is not also the
+    head, and of the experts those that tokens which choose evenly need on average."""
     separate = model.head is not model.embedding
-    return model.nbytes - (model.embedding.nbytes if separate else 0)
+    experts = sum(block.mlp.experts.nbytes for block in model.blocks if isinstance(block.mlp, MoE))
+    rest = model.nbytes - experts - (model.embedding.nbytes if separate else 0)
+    if model.config.moe is None:
+        return rest
+    moe = model.config.moe
+    return rest + experts * (1 - (1 - moe.router.top_k / moe.experts) ** tokens)
 
 
 def decode_floor_s(model: Decoder, batch: int, context: int, ceilings: Ceilings) -> float:
     """Least time of one decode step: every weight and every visible cached token read once, or the
     matrix products, whichever takes longer."""
     config = model.config
-    token_layer = config.kv_bytes_per_token(model.dtype.itemsize) // config.num_layers
+    token_layer = config.kv_bytes_per_token(model.dtype.itemsize) // config.num_caches
     kv = batch * token_layer * sum(visible_tokens(config, context))
-    memory = (streamed_bytes(model) + kv) / ceilings.memory_bytes_s
+    memory = (streamed_bytes(model, batch) + kv) / ceilings.memory_bytes_s
     return max(memory, 2 * batch * matmul_weights(config) / ceilings.matmul_flops_s)
 
 
@@ -78,7 +85,8 @@ def prefill_floor_s(model: Decoder, tokens: int, ceilings: Ceilings) -> float:
     linear = 2 * tokens * (matmul_weights(config) - head) + 2 * head
     pairs = sum(seen * (2 * tokens - seen + 1) // 2 for seen in visible_tokens(config, tokens))
     flops = linear + 2 * pairs * config.num_heads * (config.head_dim + config.value_dim)
-    return max(flops / ceilings.matmul_flops_s, streamed_bytes(model) / ceilings.memory_bytes_s)
+    memory = streamed_bytes(model, tokens) / ceilings.memory_bytes_s
+    return max(flops / ceilings.matmul_flops_s, memory)
 
 
 def visible_tokens(config: DecoderConfig, context: int) -> list[int]:
@@ -89,8 +97,16 @@ def visible_tokens(config: DecoderConfig, context: int) -> list[int]:
 def matmul_weights(config: DecoderConfig) -> int:
     """Weights a token is multiplied with, head included and embedding not."""
     attention = sum(rows * columns for rows, columns in attention_shapes(config))
-    layer = attention + 3 * config.hidden_size * config.intermediate_size
-    return config.num_layers * layer + config.vocab_size * config.hidden_size
+    mlp = 3 * config.hidden_size * sum(_mlp_size(config, layer) for layer in config.layers)
+    return config.num_layers * attention + mlp + config.vocab_size * config.hidden_size
+
+
+def _mlp_size(config: DecoderConfig, layer: LayerConfig) -> int:
+    """Intermediate features a token passes through, those of its experts together."""
+    if not layer.experts:
+        return config.intermediate_size
+    assert config.moe is not None
+    return config.moe.router.top_k * config.moe.intermediate_size + config.moe.shared_size
 
 
 def describe(device: torch.device) -> dict[str, str]:

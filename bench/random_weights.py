@@ -16,11 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from squall.kernels.moe.experts import BlockExperts, Experts, PlaneExperts
 from squall.kernels.quant.base import QuantFormat, gguf_formats
 from squall.kernels.quant.plane_weight import PlaneWeight
 from squall.kernels.quant.planes import random_planes
 from squall.kernels.weight import BlockWeight, Weight
-from squall.models.config import DecoderConfig
+from squall.models.config import DecoderConfig, MoEConfig
 from squall.models.weights import RandomWeights
 
 STD = 0.02  # of the weights, about that of real models
@@ -99,7 +100,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 )
 
 _SMALL_BLOCKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-_LAYER = re.compile(r"model\.layers\.(\d+)\.\w+\.(\w+)\.weight")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.[\w.{}]+\.(\w+)\.weight")
 
 
 def matrix_type(recipe: str, name: str, in_features: int, config: DecoderConfig) -> str | None:
@@ -168,6 +169,30 @@ class QuantisedWeights(RandomWeights):
             planes = random_planes(entry, out_features, in_features, self.device, generator)
             return PlaneWeight(planes, self.dtype)
         return BlockWeight(entry, random_blocks(entry, out_features, in_features, generator))
+
+    def experts(self, prefix: str, moe: MoEConfig, hidden: int) -> Experts:
+        count, inner = moe.experts, moe.intermediate_size
+        names = prefix + moe.gate_up[0], prefix + moe.down
+        shapes = (2 * inner, hidden), (hidden, inner)
+        chosen = [
+            matrix_type(self._recipe, name, columns, self._config)
+            for name, (_, columns) in zip(names, shapes, strict=True)
+        ]
+        if None in chosen or moe.biases is not None:
+            return super().experts(prefix, moe, hidden)
+        entries = [_format(name) for name in chosen if name is not None]
+        generator = self._generator
+        if self.device.type in ("cuda", "xpu"):
+            up, down = (
+                random_planes(entry, count * rows, columns, self.device, generator)
+                for entry, (rows, columns) in zip(entries, shapes, strict=True)
+            )
+            return PlaneExperts((up,), None, down, None, count, self.dtype)
+        blocks = [
+            (entry, random_blocks(entry, count * rows, columns, generator).view(count, rows, -1))
+            for entry, (rows, columns) in zip(entries, shapes, strict=True)
+        ]
+        return BlockExperts((blocks[0],), None, blocks[1], None, self.dtype)
 
 
 # Byte offsets of a block's float16 fields: the scale, and what multiplies or is the minimum.

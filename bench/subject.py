@@ -10,6 +10,7 @@ from squall.bench.cases import case_config
 from squall.bench.random_weights import QuantisedWeights
 from squall.kernels.backends.device import backend_of, resolve_device
 from squall.loaders.progress import Progress
+from squall.models.build import build_decoder
 from squall.models.config import DecoderConfig
 from squall.models.decoder import Decoder
 from squall.models.weights import RandomWeights
@@ -76,7 +77,7 @@ def random_model(spec: Spec, device: torch.device) -> Decoder:
         source = RandomWeights(dtype, device)
     else:
         source = QuantisedWeights(spec.quant, config, dtype, device)
-    return Decoder(config, source, spec.options.max_seq_len or config.max_position)
+    return build_decoder(config, source, spec.options.max_seq_len or config.max_position)
 
 
 def _dtype(spec: Spec, config: DecoderConfig, device: torch.device) -> torch.dtype:

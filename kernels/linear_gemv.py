@@ -150,13 +150,6 @@ def rule(k: int) -> Config:
     return {"gemv": 1, "rows": 2, "warps": warps, "programs": max(1, 16 // warps), "pdl": 0}
 
 
-def expert_rule(k: int) -> Config:
-    """Launch parameters for products with experts: 8 words of x a thread, so that many programs
-    have their first tile under way."""
-    warps = min(16, max(1, next_power_of_2(k // 2) // 256))
-    return {"rows": 4, "warps": warps, "programs": max(1, 32 // warps)}
-
-
 def candidates(k: int, gated: bool) -> Iterator[Config]:
     """Launch parameters worth measuring; ``programs`` are those of a multiprocessor."""
     words = next_power_of_2(k // 2)
@@ -206,22 +199,24 @@ def expert_gemv(
     ids: Tensor,
     activation: str,
     out: Tensor,
-    config: Config | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> None:
-    """``out [P, F] = act(x w[ids]^T + bias[ids])``: ``x [P / share, K]`` and ``out`` contiguous, of
-    the dtype of ``w [E, N, K]``, ``bias [E, N]``, ``ids`` int32 of P elements."""
+    """``out [P, F] = act(x' w[ids]^T + bias[ids])``: ``x [P / share, K]`` and ``out`` contiguous,
+    ``bias [E, N]``, ``ids`` int32 of P elements, ``w [E, N, K]`` contiguous."""
     (pairs, features), k = out.shape, w.shape[2]
     gated = activation != "none"
+    assert x.dtype == (w.dtype if norm is None else torch.float32), f"x {x.dtype}, w {w.dtype}"
     assert w.is_contiguous() and x.is_contiguous() and out.is_contiguous(), "rows"  # noqa: PT018
     assert supports(w[0]) and w.shape[1] == features * (1 + gated), f"w {w.shape}"  # noqa: PT018
     assert x.shape[1] == k and pairs % x.shape[0] == 0, f"x {x.shape}"  # noqa: PT018
     assert ids.numel() == pairs and ids.dtype == torch.int32, f"ids {ids.shape}"  # noqa: PT018
-    config = config or expert_rule(k)
-    tiles = -(-w.shape[1] // config["rows"])
-    programs = min(tiles, -(-config["programs"] * multiprocessors(w.device) // pairs))
+    rows, warps = 4, min(16, max(1, next_power_of_2(k // 2) // 256))
+    tiles = -(-w.shape[1] // rows)
+    programs = min(tiles, -(-max(1, 48 // warps) * multiprocessors(w.device) // pairs))
     launch = dependent_launch(w.device)
     _gemv_kernel[(programs, pairs)](
-        x, None, w.view(torch.int32), bias, out, ids, features, k // 2, 0.0, k,
-        next_power_of_2(k // 2), activation, False, config["rows"], w.dtype == torch.bfloat16,
-        bool(launch), pairs // x.shape[0], num_warps=config["warps"], **launch,
+        x, norm, w.view(torch.int32), bias, out, ids, features, k // 2, eps, k,
+        next_power_of_2(k // 2), activation, False, rows, w.dtype == torch.bfloat16,
+        bool(launch), pairs // x.shape[0], num_warps=warps, **launch,
     )  # fmt: skip

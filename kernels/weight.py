@@ -1,9 +1,10 @@
 """What a weight matrix is to the models: something that multiplies and hands out rows.
 
 A weight is ``[out_features, in_features]`` in PyTorch order. The classes differ in how the numbers
-are kept: plain floats (``DenseWeight``), a GGUF file's own blocks (``BlockWeight``: CPUs), or those
-blocks repacked for a GPU (``squall.kernels.quant.plane_weight``). They multiply in the three ways a
-decoder layer needs, each one call, so that a device can fuse what surrounds a product with it.
+are kept: plain floats (``DenseWeight``), a GGUF file's own blocks (``BlockWeight``: CPUs), those
+blocks repacked for a GPU (``squall.kernels.quant.plane_weight``), or block-scaled FP8
+(``squall.kernels.quant.fp8_weight``). They multiply in the three ways a decoder layer needs, each
+one call, so that a device can fuse what surrounds a product with it.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from torch import Tensor
 from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.linear import linear, linear_add, norm_linear
 from squall.kernels.quant.base import QuantFormat
+from squall.kernels.quant.fp8_weight import Fp8Weight, merge_fp8
 from squall.kernels.quant.matmul import (
     dequantize_rows,
     quant_matmul,
@@ -229,6 +231,9 @@ def merge(weights: Sequence[Weight]) -> Weight:
     planes = [w for w in weights if isinstance(w, PlaneWeight)]
     if len(planes) == len(weights):
         return _merge_planes(planes)
+    fp8 = [w for w in weights if isinstance(w, Fp8Weight)]
+    if len(fp8) == len(weights):
+        return merge_fp8(fp8)
     return Stack(tuple(weights))
 
 

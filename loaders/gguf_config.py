@@ -9,6 +9,7 @@ import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from types import MappingProxyType
 from typing import Any
 
@@ -273,7 +274,7 @@ def _tensors_say(file: GGUFFile) -> dict[str, Any]:
     return {
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
     }
 
 
@@ -325,6 +326,10 @@ def _extend_deepseek2(source: _Source, config: dict[str, Any]) -> dict[str, Any]
     return found
 
 
+def _extend_olmo(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    return {"clip_qkv": source.file.get_float(source.key("attention.clamp_kqv"), 0.0) or None}
+
+
 def _extend_olmo2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     """With a window it is OLMo 3."""
     window = source.size("attention.sliding_window", 0, minimum=0)
@@ -338,6 +343,10 @@ def _extend_olmo2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
         "sliding_window": window,
         "rope_local_base_freq": config["rope_theta"],
     }
+
+
+def _has_head_norms(source: _Source) -> bool:
+    return "blk.0.attn_q_norm.weight" in source.file.tensors
 
 
 def _extend_biased(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
@@ -358,11 +367,32 @@ def _extend_stablelm(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     return {
         "use_qkv_bias": config["attention_bias"],
         "use_parallel_residual": source.flag("use_parallel_residual"),
+        "qk_layernorm": _has_head_norms(source),
+    }
+
+
+def _extend_seed_oss(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    return {"attention_out_bias": "blk.0.attn_output.bias" in source.file.tensors}
+
+
+def _extend_exaone4(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp knows the model with windows by its 64 layers."""
+    layers = config["num_hidden_layers"]
+    window = source.size("attention.sliding_window", 4096 if layers == 64 else 0, minimum=0)
+    if not window:
+        return {}
+    sliding = _sliding_layers(source, layers, period=4)
+    return {
+        "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
+        "sliding_window": window,
     }
 
 
 def _extend_command_r(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
-    return {"logit_scale": source.positive("logit_scale")}
+    return {
+        "logit_scale": source.positive("logit_scale"),
+        "use_qk_norm": _has_head_norms(source),
+    }
 
 
 def _extend_cohere2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
@@ -390,6 +420,37 @@ def _extend_gemma3(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
             config["hidden_size"] // config["num_attention_heads"] if largest else head_dim
         ),
         "final_logit_softcapping": _softcap(source, "final_logit_softcapping", 0.0),
+    }
+
+
+_GEMMA3N_SIZES = {  # rows of tensors
+    "laurel_rank": "blk.0.laurel_l.weight",
+    "vocab_size_per_layer_input": "per_layer_token_embd.weight",
+}
+
+
+def _extend_gemma3n(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+    """The sparsity is given as the deviations above the mean from which gates are open."""
+    layers, tensors = config["num_hidden_layers"], source.file.tensors
+    sliding = _sliding_layers(source, layers, period=5)
+    told: dict[str, Any] = {
+        key: tensors[name].shape[0] for key, name in _GEMMA3N_SIZES.items() if name in tensors
+    }
+    if source.has("activation_sparsity_scale"):
+        deviations = source.file.get_list(source.key("activation_sparsity_scale"))
+        if not all(isinstance(value, float) for value in deviations):
+            raise source.fail("activation_sparsity_scale", "is not an array of numbers")
+        told["activation_sparsity_pattern"] = [NormalDist().cdf(value) for value in deviations]
+    shared = source.size("attention.shared_kv_layers", max(0, layers - 20), minimum=0)
+    return told | {
+        "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
+        "sliding_window": source.size("attention.sliding_window"),
+        "rope_local_base_freq": source.positive("rope.freq_base_swa", 10000.0),
+        "final_logit_softcapping": _softcap(source, "final_logit_softcapping", 30.0),
+        "num_kv_shared_layers": shared,
+        "altup_num_inputs": source.size("altup.num_inputs", 4),
+        "altup_active_idx": source.size("altup.active_idx", 0, minimum=0),
+        "hidden_size_per_layer_input": source.size("embedding_length_per_layer_input", 256),
     }
 
 
@@ -431,6 +492,13 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         "glm4": Architecture(
             "Glm4ForCausalLM", "glm4", {"hidden_act": "silu"}, partial_rotary=True
         ),
+        "olmo": Architecture(
+            "OlmoForCausalLM",
+            "olmo",
+            {"hidden_act": "silu"},
+            _extend_olmo,
+            epsilon="layer_norm_eps",
+        ),
         "olmo2": Architecture("Olmo2ForCausalLM", "olmo2", {"hidden_act": "silu"}, _extend_olmo2),
         "deepseek2": Architecture(
             "DeepseekV2ForCausalLM",
@@ -441,6 +509,23 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
         ),
         "ernie4_5": Architecture(
             "Ernie4_5ForCausalLM", "ernie4_5", {"hidden_act": "silu"}, _extend_biased
+        ),
+        "arcee": Architecture("ArceeForCausalLM", "arcee", {"hidden_act": "relu2"}),
+        "nemotron": Architecture(
+            "NemotronForCausalLM",
+            "nemotron",
+            {"hidden_act": "relu2"},
+            partial_rotary=True,
+            epsilon="norm_eps",
+        ),
+        "seed_oss": Architecture(
+            "SeedOssForCausalLM", "seed_oss", {"hidden_act": "silu"}, _extend_seed_oss
+        ),
+        "exaone4": Architecture(
+            "Exaone4ForCausalLM", "exaone4", {"hidden_act": "silu"}, _extend_exaone4
+        ),
+        "hunyuan-dense": Architecture(
+            "HunYuanDenseV1ForCausalLM", "hunyuan_v1_dense", {"hidden_act": "silu"}
         ),
         "stablelm": Architecture(
             "StableLmForCausalLM",
@@ -479,6 +564,12 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             "gemma2",
             {"hidden_activation": "gelu_pytorch_tanh"},
             _extend_gemma2,
+        ),
+        "gemma3n": Architecture(
+            "Gemma3nForCausalLM",
+            "gemma3n_text",
+            {"hidden_activation": "gelu_pytorch_tanh"},
+            _extend_gemma3n,
         ),
         "gemma3": Architecture(
             "Gemma3ForCausalLM",

@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-_PARAMETER = re.compile(r"model\.layers\.(?P<layer>\d+)\.(?P<module>.+)\.(?P<kind>weight|bias)")
+_PARAMETER = re.compile(  # a parameter that is no module's has no kind
+    r"model\.layers\.(?P<layer>\d+)\.(?P<module>.+?)(\.(?P<kind>weight|bias))?"
+)
 _TENSOR = re.compile(r"blk\.(?P<layer>\d+)\.(?P<module>.+)\.(?P<kind>weight|bias)")
 
 _OUTER = {
@@ -36,12 +38,33 @@ _BLOCK = {
 _FUSED = {"self_attn.qkv_proj": "attn_qkv", "mlp.gate_up_proj": "ffn_up"}
 _QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
 _PARTS = {*_QKV, "mlp.gate_proj", "mlp.up_proj"}
+_PLAIN = {k: v for k, v in _BLOCK.items() if k != "mlp.gate_proj"}
 _PARALLEL = {k: v for k, v in _BLOCK.items() if k != "post_attention_layernorm"}
 _QK_NORM = {"self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm"}
 _GEMMA_NORMS = {
     "post_attention_layernorm": "post_attention_norm",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
+}
+_ALTUP = {
+    "altup.correct_output_scale": "altup_correct_scale",
+    "altup.correction_coefs": "altup_correct_coef",
+    "altup.prediction_coefs": "altup_predict_coef",
+    "altup.modality_router": "altup_router",
+    "altup.router_norm": "altup_router_norm",
+    "laurel.linear_left": "laurel_l",
+    "laurel.linear_right": "laurel_r",
+    "laurel.post_laurel_norm": "laurel_post_norm",
+    "per_layer_input_gate": "inp_gate",
+    "per_layer_projection": "proj",
+    "post_per_layer_input_norm": "post_norm",
+}
+_ALTUP_OUTER = {
+    "model.embed_tokens_per_layer": "per_layer_token_embd",
+    "model.per_layer_model_projection": "per_layer_model_proj",
+    "model.per_layer_projection_norm": "per_layer_proj_norm",
+    "model.altup_projections": "altup_proj",
+    "model.altup_unembed_projections": "altup_unembd_proj",
 }
 
 
@@ -51,8 +74,9 @@ class NameMap:
 
     ``block`` and ``outer`` map modules (names without ``.weight`` / ``.bias``), inside the layers
     and outside. ``permuted`` maps the block modules whose rows llama.cpp reorders for its
-    adjacent-pair rope to the config key with their number of heads. ``experts`` maps the tensors of
-    a layer's experts to those that hold them, one below the other. ``norm_shift`` is what the
+    adjacent-pair rope to the config key with their number of heads. ``stacks`` are outer modules of
+    which there are several, numbered, in one tensor. ``experts`` maps the tensors of a layer's
+    experts to those that hold them, one below the other. ``norm_shift`` is what the
     converter added to every norm weight. ``consumed`` are tensors that are no parameters: the
     config carries what they say.
     """
@@ -61,6 +85,7 @@ class NameMap:
     outer: Mapping[str, str] = field(default_factory=lambda: _OUTER)
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     permuted: Mapping[str, str] = field(default_factory=dict)
+    stacks: frozenset[str] = frozenset()
     norm_shift: float = 0.0
     consumed: frozenset[str] = frozenset(
         {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
@@ -73,9 +98,17 @@ class NameMap:
         """
         match = _PARAMETER.fullmatch(parameter)
         if match:
-            return f"blk.{match['layer']}.{self.block[match['module']]}.{match['kind']}"
+            name = f"blk.{match['layer']}.{self.block[match['module']]}"
+            return f"{name}.{match['kind'] or 'weight'}"
         module, _, kind = parameter.rpartition(".")
+        if self.place_in_stack(parameter) is not None:
+            module = module.rpartition(".")[0]
         return f"{self.outer[module]}.{kind}"
+
+    def place_in_stack(self, parameter: str) -> int | None:
+        """Which of the matrices of its tensor a parameter is; None where the tensor is one."""
+        stem, _, place = parameter.rpartition(".")[0].rpartition(".")
+        return int(place) if stem in self.stacks else None
 
     def expert_tensors(self, parameter: str) -> tuple[str, ...]:
         """``model.layers.3.mlp.experts.{}.up_proj.weight`` -> ``blk.3.ffn_up_exps.weight``."""
@@ -106,6 +139,14 @@ _LLAMA = NameMap(
         "self_attn.k_proj": "num_key_value_heads",
     },
 )
+_OLMO2 = NameMap(
+    block={k: v for k, v in _BLOCK.items() if k != "input_layernorm"}
+    | _QK_NORM
+    | {
+        "post_attention_layernorm": "post_attention_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    }
+)
 NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
     {
         "llama": _LLAMA,
@@ -132,15 +173,24 @@ NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
             }
         ),
         "ernie4_5": NameMap(block=_BLOCK),
-        "olmo2": NameMap(
-            block={k: v for k, v in _BLOCK.items() if k != "input_layernorm"}
-            | _QK_NORM
-            | {
-                "post_attention_layernorm": "post_attention_norm",
-                "post_feedforward_layernorm": "post_ffw_norm",
-            }
+        "arcee": NameMap(block=_PLAIN, permuted=_LLAMA.permuted),
+        "nemotron": NameMap(block=_PLAIN, norm_shift=1.0),
+        "seed_oss": NameMap(block=_BLOCK | {"post_attention_layernorm": "post_attention_norm"}),
+        "exaone4": _OLMO2,
+        "hunyuan-dense": NameMap(
+            block=_BLOCK
+            | {"self_attn.query_layernorm": "attn_q_norm", "self_attn.key_layernorm": "attn_k_norm"}
         ),
-        "stablelm": NameMap(block=_BLOCK),
+        "olmo": NameMap(
+            block={k: v for k, v in _BLOCK.items() if not k.endswith("layernorm")},
+            outer={"model.embed_tokens": "token_embd", "lm_head": "output"},
+            permuted=_LLAMA.permuted,
+        ),
+        "olmo2": _OLMO2,
+        "stablelm": NameMap(
+            block=_BLOCK
+            | {"self_attn.q_layernorm": "attn_q_norm", "self_attn.k_layernorm": "attn_k_norm"}
+        ),
         "starcoder2": NameMap(
             block={k: v for k, v in _BLOCK.items() if not k.startswith("mlp.")}
             | {"mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
@@ -158,10 +208,15 @@ NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
                 "self_attn.v_b_proj": "attn_v_b",
             }
         ),
-        "command-r": NameMap(_PARALLEL, _TIED_OUTER),
+        "command-r": NameMap(_PARALLEL | _QK_NORM, _TIED_OUTER),
         "cohere2": NameMap(_PARALLEL, _TIED_OUTER),
         "gemma": NameMap(_BLOCK, _TIED_OUTER, norm_shift=1.0),
         "gemma2": NameMap(_BLOCK | _GEMMA_NORMS, _TIED_OUTER, norm_shift=1.0),
+        "gemma3n": NameMap(
+            block=_BLOCK | _QK_NORM | _GEMMA_NORMS | _ALTUP,
+            outer=_TIED_OUTER | _ALTUP_OUTER,
+            stacks=frozenset({"model.altup_projections", "model.altup_unembed_projections"}),
+        ),
         "gemma3": NameMap(block=_BLOCK | _QK_NORM | _GEMMA_NORMS, norm_shift=1.0),
     }
 )

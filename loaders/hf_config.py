@@ -100,6 +100,10 @@ class ConfigReader:
         """Whether the key is there and not null."""
         return self.data.get(key) is not None
 
+    def is_list(self, key: str) -> bool:
+        """Whether the value is one for each layer, for example."""
+        return isinstance(self.data.get(key), list)
+
     def unread(self) -> list[str]:
         """Keys nobody asked for so far, in file order."""
         return [key for key in self.data if key not in self._read]
@@ -225,6 +229,12 @@ class ConfigReader:
                 )
         return value
 
+    def get_each(self, key: str, count: int) -> list[int]:
+        """``count`` integers; a single one is taken for all."""
+        if isinstance(self.data.get(key), list):
+            return self.get_list(key, item=int, length=count)
+        return [self.get_int(key)] * count
+
     def get_dict(
         self, key: str, default: T = MISSING, *, aliases: Sequence[str] = ()
     ) -> dict[str, Any] | T:
@@ -242,7 +252,9 @@ class ConfigReader:
 
     def sub(self, key: str) -> "ConfigReader":
         """A reader over a nested object, such as ``text_config``; it must be there."""
-        return ConfigReader(self.get_dict(key), self.file, f"{self.prefix}{key}.")
+        data = self.get_dict(key)
+        data = {**_MODEL_DEFAULTS.get(data.get("model_type", ""), {}), **data}
+        return ConfigReader(data, self.file, f"{self.prefix}{key}.")
 
 
 def _range_text(minimum: int, maximum: int) -> str:
@@ -312,6 +324,16 @@ _MODEL_THETA: Final = {
     "gemma3_text": (1e6, 1e4),
     "gemma3n_text": (1e6, 1e4),
     "olmo3": (5e5, 5e5),
+}
+# Likewise of other keys, in nested objects only: for a config of its own transformers 4 writes all.
+_MODEL_DEFAULTS: Final[dict[str, dict[str, Any]]] = {
+    "gemma3_text": {
+        "vocab_size": 262208,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 131072,
+    },
 }
 
 

@@ -1,7 +1,7 @@
 """``Checkpoint``: opened model files, from which come the decoder and what the front-end needs."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,14 +19,17 @@ from squall.loaders.gguf_config import gguf_config
 from squall.loaders.hf_config import ConfigReader, eos_ids, find_architecture
 from squall.loaders.hub import ModelFiles
 from squall.loaders.progress import Progress
+from squall.loaders.quantization import check_quantization
 from squall.loaders.safetensors import SafetensorsFolder
+from squall.loaders.text_part import text_name
 from squall.loaders.tokenizer import Tokenizer
 from squall.loaders.tokenizers.gguf import gguf_tokenizer
 from squall.loaders.tokenizers.hf import hf_tokenizer
 from squall.loaders.weights import GGUFWeights, SafetensorsWeights
+from squall.models.build import build_decoder
 from squall.models.config import DecoderConfig
 from squall.models.decoder import Decoder
-from squall.models.registry import read_config
+from squall.models.registry import ARCHITECTURES, read_config
 from squall.models.rope import check_rope
 
 _DTYPE_NAMES = {
@@ -34,7 +37,11 @@ _DTYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.uint8: "U8",
 }
+# Weight types without float16 numbers.
+_NO_F16 = ("BF16", "F32", "F64", "F8_E4M3", "U8", "MXFP4")
 
 
 @dataclass(frozen=True)
@@ -59,14 +66,13 @@ class Checkpoint:
         """The shape of the model."""
         reader = self._reader()
         config = read_config(find_architecture(reader), reader)
+        if self._text_part(reader):  # its config and the one around it may disagree
+            config = replace(config, tie_embeddings="lm_head.weight" not in self._folder(reader))
         for rope in config.ropes:
             problem = check_rope(rope)
             if problem:
                 raise reader.fail("rope_scaling", problem)
-        if reader.has("quantization_config"):
-            raise reader.fail(
-                "quantization_config", "quantised safetensors are not supported; GGUF files are"
-            )
+        check_quantization(reader)
         return config
 
     def decoder(
@@ -74,7 +80,7 @@ class Checkpoint:
     ) -> Decoder:
         """The model with its weights on ``device``; ``max_len`` tokens is its longest sequence.
 
-        Floating-point weights are converted to ``dtype``, GGUF blocks stay as they are. A tensor
+        Floating-point weights are converted to ``dtype``, quantised ones stay as they are. A tensor
         that is missing, misshapen or left over is an error.
         """
         config = self.config()
@@ -84,16 +90,14 @@ class Checkpoint:
             metadata = gguf_config(self._gguf)
             with progress.phase("load", total, "B") as advance:
                 blocks = GGUFWeights(self._gguf, metadata, dtype, device, advance)
-                model = Decoder(config, blocks, max_len)
+                model = build_decoder(config, blocks, max_len)
                 blocks.finish()
             return model
-        folder = SafetensorsFolder.open(self.files.paths)
+        folder = self._folder(self._reader())
         with progress.phase("load", folder.nbytes, "B") as advance:
             source = SafetensorsWeights(folder, dtype, device, advance)
-            model = Decoder(config, source, max_len)
-            layers = range(config.num_layers, config.num_layers + config.unused_layers)
-            unused = tuple(f"model.layers.{layer}." for layer in layers)
-            source.finish(config.tie_embeddings, unused)
+            model = build_decoder(config, source, max_len)
+            source.finish(config.tie_embeddings, config.num_layers)
         return model
 
     def text(self, template: Path | None = None) -> TextAssets:
@@ -119,7 +123,7 @@ class Checkpoint:
 
     def stores_f16(self) -> bool:
         """Whether most weights are float16, or quantised with float16 scales."""
-        return self._commonest_type() not in ("BF16", "F32", "F64")
+        return self._commonest_type() not in _NO_F16
 
     def _commonest_type(self) -> str:
         """The type most bytes of the file have, as its format spells it."""
@@ -128,11 +132,19 @@ class Checkpoint:
             for tensor in self._gguf.tensors.values():
                 sizes[tensor.format.name] += tensor.nbytes
         else:
-            folder = SafetensorsFolder.open(self.files.paths)
+            folder = self._folder(self._reader())
             for name in folder.names():
                 info = folder.info(name)
                 sizes[_DTYPE_NAMES.get(info.dtype, str(info.dtype))] += info.end - info.begin
         return sizes.most_common(1)[0][0]
+
+    def _text_part(self, reader: ConfigReader) -> bool:
+        return self._gguf is None and ARCHITECTURES[find_architecture(reader)].text_part
+
+    def _folder(self, reader: ConfigReader) -> SafetensorsFolder:
+        """The tensors of the text model."""
+        folder = SafetensorsFolder.open(self.files.paths)
+        return folder.renamed(text_name) if self._text_part(reader) else folder
 
     def _reader(self) -> ConfigReader:
         if self._gguf is not None:

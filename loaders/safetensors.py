@@ -15,7 +15,7 @@ import platform
 import re
 import struct
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -223,14 +223,13 @@ class SafetensorsFolder:
 
     def __init__(self, files: Sequence[SafetensorsFile]) -> None:
         self.files = tuple(files)
-        self._owner: dict[str, SafetensorsFile] = {}
+        self._owner: dict[str, tuple[SafetensorsFile, TensorInfo]] = {}
         for file in files:
-            for name in file.infos:
+            for name, info in file.infos.items():
                 if name in self._owner:
-                    raise ModelLoadError(
-                        f"{file.path}: tensor {name} is also in {self._owner[name].path.name}"
-                    )
-                self._owner[name] = file
+                    other = self.path(name).name
+                    raise ModelLoadError(f"{file.path}: tensor {name} is also in {other}")
+                self._owner[name] = file, info
 
     @classmethod
     def open(cls, source: Path | str | Iterable[Path | str]) -> "SafetensorsFolder":
@@ -239,11 +238,10 @@ class SafetensorsFolder:
         When the files' folder has an index that lists them, every name it promises must be in
         the file it names.
         """
-        if isinstance(source, (str, Path)):
-            path = Path(source)
-            paths = weight_files(path) if path.is_dir() else (path,)
-        else:
-            paths = tuple(Path(path) for path in source)
+        given = (source,) if isinstance(source, (str, Path)) else source
+        paths = tuple(map(Path, given))
+        if len(paths) == 1 and paths[0].is_dir():
+            paths = weight_files(paths[0])
         if not paths:
             raise ModelLoadError("no safetensors file was given")
         folder = cls([SafetensorsFile(path) for path in paths])
@@ -259,12 +257,24 @@ class SafetensorsFolder:
         for name, shard in weight_map.items():
             if shard not in opened:
                 raise ModelLoadError(f"{index.parent / shard}: listed in {INDEX_NAME}, not opened")
-            owner = self._owner.get(name)
-            if owner is None or owner.path.name != shard:
-                found = f"found in {owner.path.name}" if owner else "not there"
+            owner = self.path(name).name if name in self else None
+            if owner != shard:
+                found = f"found in {owner}" if owner else "not there"
                 raise ModelLoadError(
                     f"{index}: tensor {shorten(name, 200)} should be in {shard}, but is {found}"
                 )
+
+    def renamed(self, rename: Callable[[str], str | None]) -> "SafetensorsFolder":
+        """The same files with tensors under other names; those it gives None are left out."""
+        folder = SafetensorsFolder(())
+        folder.files = self.files
+        for stored, entry in self._owner.items():
+            name = rename(stored)
+            if name in folder._owner:
+                raise ModelLoadError(f"{entry[0].path}: {stored} is there twice, as {name}")
+            if name is not None:
+                folder._owner[name] = entry
+        return folder
 
     def names(self) -> list[str]:
         """All tensor names, file by file in order of their place in it."""
@@ -276,31 +286,25 @@ class SafetensorsFolder:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(i.end - i.begin for file in self.files for i in file.infos.values())
+        return sum(info.end - info.begin for _, info in self._owner.values())
 
     def info(self, name: str) -> TensorInfo:
-        """Dtype, shape and place of a tensor; ``ModelLoadError`` when there is no such tensor."""
-        return self._file(name).infos[name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.info(name).shape
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.info(name).dtype
+        """Dtype, shape and place; ``ModelLoadError`` when there is no such tensor."""
+        return self._find(name)[1]
 
     def path(self, name: str) -> Path:
         """The file a tensor lies in."""
-        return self._file(name).path
+        return self._find(name)[0].path
 
     def tensor(self, name: str) -> Tensor:
         """The whole tensor, on the CPU: a view of the file (a copy only where it is unaligned).
         Writing to it changes this process's pages, never the file."""
-        file, info = self._file(name), self.info(name)
+        file, info = self._find(name)
         return file.view(info, info.begin, info.shape)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """``tensor(name)[start:stop]`` without touching the other rows."""
-        file, info = self._file(name), self.info(name)
+        file, info = self._find(name)
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
             raise ModelLoadError(
                 f"{file.path}: tensor {name} of shape {list(info.shape)} has no rows {start}:{stop}"
@@ -310,15 +314,15 @@ class SafetensorsFolder:
 
     def release(self, name: str) -> None:
         """Give the tensor's memory pages back once it has been copied to where it is used."""
-        file = self._file(name)
-        file.release(file.infos[name])
+        file, info = self._find(name)
+        file.release(info)
 
-    def _file(self, name: str) -> SafetensorsFile:
-        file = self._owner.get(name)
-        if file is None:
+    def _find(self, name: str) -> tuple[SafetensorsFile, TensorInfo]:
+        found = self._owner.get(name)
+        if found is None:
             where = self.files[0].path if len(self.files) == 1 else self.files[0].path.parent
             raise ModelLoadError(f"{where}: tensor {name} is missing")
-        return file
+        return found
 
 
 def read_weight_map(index: Path) -> dict[str, str]:

@@ -2,29 +2,30 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from squall.kernels.moe.stack import (
-    BlockStack,
-    DenseStack,
-    ExpertStack,
-    place_experts,
-    stack_dense,
-)
-from squall.kernels.quant.base import QuantFormat
+from squall.kernels.moe.experts import BlockExperts, DenseExperts, Experts, place_experts
+from squall.kernels.quant.base import QuantFormat, gguf_formats
+from squall.kernels.quant.fp8 import blocks_of
+from squall.kernels.quant.fp8_weight import Fp8Weight
 from squall.kernels.weight import BlockWeight, DenseWeight, Weight, place
 from squall.loaders.errors import ModelLoadError
 from squall.loaders.gguf import GGUFFile
 from squall.loaders.gguf_names import NAME_MAPS, unpermute_rows
+from squall.loaders.mxfp4 import gate_then_up, read_experts
 from squall.loaders.progress import Advance
-from squall.loaders.safetensors import SafetensorsFolder
+from squall.loaders.safetensors import DTYPES, SafetensorsFolder
+from squall.models.config import MoEConfig
 
 # Tensors older exporters left in checkpoints; they can be derived and no model reads them.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_MXFP4 = 39  # GGML's number of the type
 _MAX_NAMED = 3  # unused tensors named in an error
 
 
@@ -69,11 +70,12 @@ class SafetensorsWeights(_FileWeights):
         super().__init__(dtype, device, advance)
         self._folder = folder
 
-    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _read(
+        self, name: str, shape: tuple[int, ...], accepted: str = "F64, F32, F16, BF16"
+    ) -> Tensor:
         data = self._folder.tensor(name)
         _check_shape(str(self._folder.path(name)), name, tuple(data.shape), shape)
-        if not data.dtype.is_floating_point or data.dtype.itemsize < 2:
-            accepted = "F64, F32, F16, BF16"
+        if data.dtype not in {DTYPES[kind] for kind in accepted.split(", ")}:
             raise ModelLoadError(
                 f"{self._folder.path(name)}: tensor {name} is {data.dtype}, accepted: {accepted}"
             )
@@ -86,51 +88,111 @@ class SafetensorsWeights(_FileWeights):
     def norm(self, name: str, size: int, offset: float) -> Tensor:
         return self._place(self._read(name, (size,)), torch.float32) + offset
 
+    def head_norms(self, name: str, heads: int, dim: int) -> Tensor:
+        """From one tensor (Command-R), or from one for each head (StableLM)."""
+        if f"{name}.norms.0.weight" not in self._folder:
+            return self._place(self._read(f"{name}.weight", (heads, dim)), torch.float32)
+        rows = [self._read(f"{name}.norms.{i}.weight", (dim,)) for i in range(heads)]
+        return self._place(torch.stack(rows), torch.float32)
+
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
-        return DenseWeight(self._place(self._read(name, (out_features, in_features)), self.dtype))
+        shape = (out_features, in_features)
+        if self._folder.info(name).dtype == torch.float8_e4m3fn:
+            return self._fp8(name, shape)
+        return DenseWeight(self._place(self._read(name, shape), self.dtype))
+
+    def _fp8(self, name: str, shape: tuple[int, int]) -> Fp8Weight:
+        """An FP8 matrix and its scales, ``<name>_scale_inv``."""
+        path, scales_name = self._folder.path(name), f"{name}_scale_inv"
+        if scales_name not in self._folder:
+            raise ModelLoadError(f"{path}: tensor {name} is F8_E4M3, but {scales_name} is missing")
+        data = self._read(name, shape, accepted="F8_E4M3").view(torch.uint8)
+        blocks = blocks_of(shape[0]), blocks_of(shape[1])
+        scales = self._read(scales_name, blocks, accepted="F32, F16, BF16")
+        placed = self._place(data, torch.uint8), self._place(scales, torch.float32)
+        return Fp8Weight(*placed, self.dtype)
+
+    def skip(self, name: str) -> None:
+        self._used.add(name)
 
     def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._place(self._read(name, shape), torch.float32)
 
-    def experts(
-        self,
-        names: Sequence[str],
-        count: int,
-        rows: int,
-        in_features: int,
-        transposed: bool,
-        interleaved: bool,
-    ) -> ExpertStack:
-        if "{}" in names[0]:
-            shape = (count, len(names) * rows, in_features)
-            data = torch.empty(shape, dtype=self.dtype, device=self.device)
-            for expert, (i, name) in itertools.product(range(count), enumerate(names)):
-                own = self._read(name.format(expert), (rows, in_features))
-                data[expert, i * rows : (i + 1) * rows] = self._place(own, self.dtype)
-            return DenseStack(data)
-        assert len(names) == 1, names
-        shape = (count, in_features, rows) if transposed else (count, rows, in_features)
-        data = self._place(self._read(names[0], shape), self.dtype)
-        if transposed:
-            data = data.transpose(1, 2)
-        return DenseStack(_in_order(data, interleaved).contiguous())
+    def experts(self, prefix: str, moe: MoEConfig, hidden: int) -> Experts:
+        count, inner = moe.experts, moe.intermediate_size
+        up, down = [prefix + name for name in moe.gate_up], [prefix + moe.down]
+        up_bias = down_bias = None
+        if moe.biases is not None:
+            names = [prefix + name for name in moe.biases]
+            up_bias = _in_order(self._stacked(names[0], count, 2 * inner), moe.interleaved)
+            down_bias = self._stacked(names[1], count, hidden)
+        if f"{up[0]}_blocks" in self._folder:
+            gate_up = _in_order(self._mxfp4(up[0], (count, 2 * inner, hidden)), moe.interleaved)
+            form = gguf_formats()[_MXFP4]
+            blocks = (form, gate_up), (form, self._mxfp4(down[0], (count, hidden, inner)))
+            return place_experts(
+                BlockExperts(blocks[:1], up_bias, blocks[1], down_bias, self.dtype)
+            )
+        gate_up = _in_order(self._stack(up, count, 2 * inner, hidden, moe), moe.interleaved)
+        return DenseExperts(
+            gate_up, up_bias, self._stack(down, count, hidden, inner, moe), down_bias
+        )
 
-    def expert_bias(self, name: str, count: int, rows: int, interleaved: bool) -> Tensor:
-        return _in_order(self._place(self._read(name, (count, rows)), self.dtype), interleaved)
+    def _mxfp4(self, name: str, shape: tuple[int, int, int]) -> Tensor:
+        """A stack of experts as GGUF's blocks of MXFP4, uint8 ``[experts, rows, row bytes]``."""
+        self._used.update((f"{name}_blocks", f"{name}_scales"))
+        return self._place(read_experts(self._folder, name, shape), torch.uint8)
 
-    def finish(self, tied: bool, unused: tuple[str, ...] = ()) -> None:
+    def _stack(
+        self, names: list[str], count: int, rows: int, in_features: int, moe: MoEConfig
+    ) -> Tensor:
+        """The tensors ``names`` of all experts, one below the other in each of them:
+        ``[count, rows, in_features]``."""
+        if "{}" not in names[0]:
+            assert len(names) == 1, names
+            if moe.transposed:
+                return (
+                    self._stacked(names[0], count, in_features, rows).transpose(1, 2).contiguous()
+                )
+            return self._stacked(names[0], count, rows, in_features)
+        data = torch.empty((count, rows, in_features), dtype=self.dtype, device=self.device)
+        places = data.view(count, len(names), -1, in_features)
+        for expert, (i, name) in itertools.product(range(count), enumerate(names)):
+            place = places[expert, i]
+            place.copy_(self._expert(name.format(expert), place.shape))
+        return data
+
+    def _expert(self, name: str, shape: torch.Size) -> Tensor:
+        """One expert's matrix. FP8 is expanded: the experts' products have no kernel for it."""
+        if self._folder.info(name).dtype == torch.float8_e4m3fn:
+            rows = torch.arange(shape[0], device=self.device)
+            return self._fp8(name, (shape[0], shape[1])).rows(rows, self.dtype)
+        return self._place(self._read(name, tuple(shape)), self.dtype)
+
+    def _stacked(self, name: str, *shape: int) -> Tensor:
+        return self._place(self._read(name, shape), self.dtype)
+
+    def finish(self, tied: bool, layers: int) -> None:
         """ModelLoadError if tensors are left over. A stored copy of a tied head is not, nor are
-        names that begin with one of ``unused``."""
-        names = {n for n in self._folder.names() if not n.endswith(_DERIVED_SUFFIXES)}
-        names = {n for n in names if not n.startswith(unused)}
+        layers behind the last one, which predict further tokens (DeepSeek V3, GLM-4.5)."""
+        names = {
+            name
+            for name in self._folder.names()
+            if not name.endswith(_DERIVED_SUFFIXES) and _layer(name) < layers
+        }
         if tied:
             names.discard("lm_head.weight")
         self._check_used(names, str(self._folder.path(min(names, default="")).parent))
 
 
+def _layer(name: str) -> int:
+    """The number of a tensor's layer; -1 for those outside the layers."""
+    match = _IN_LAYER.match(name)
+    return int(match[1]) if match else -1
+
+
 def _in_order(rows: Tensor, interleaved: bool) -> Tensor:
-    """``[count, rows, ...]`` with the rows of gate, which take turns with those of up, first."""
-    return torch.cat((rows[:, ::2], rows[:, 1::2]), 1) if interleaved else rows
+    return gate_then_up(rows) if interleaved else rows
 
 
 class GGUFWeights(_FileWeights):
@@ -157,6 +219,9 @@ class GGUFWeights(_FileWeights):
         weight = self._place(self._rows(name, (size,)), torch.float32)
         return weight + (offset - self._names.norm_shift)
 
+    def head_norms(self, name: str, heads: int, dim: int) -> Tensor:
+        return self._place(self._rows(f"{name}.weight", (heads, dim)), torch.float32)
+
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
         if self._is_halved(name):
             return DenseWeight(self._place(self._kv_b(name, in_features), self.dtype))
@@ -166,37 +231,52 @@ class GGUFWeights(_FileWeights):
             return place(BlockWeight(form, self._place(rows, torch.uint8)), self.dtype)
         return DenseWeight(self._place(rows, self.dtype))
 
+    def skip(self, name: str) -> None:
+        self._used.add(self._names.gguf_name(name))
+
     def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._place(self._rows(name, (math.prod(shape),)), torch.float32)
 
-    def experts(
-        self,
-        names: Sequence[str],
-        count: int,
-        rows: int,
-        in_features: int,
-        transposed: bool,
-        interleaved: bool,
-    ) -> ExpertStack:
-        tensors = [own for name in names for own in self._names.expert_tensors(name)]
-        shape = (count, rows * len(names) // len(tensors), in_features)
-        parts = [self._expert_tensor(own, shape) for own in tensors]
-        dense = [data for form, data in parts if form.dtype is not None]
-        if len(dense) == len(parts):
-            return stack_dense([self._place(data.view(shape), self.dtype) for data in dense])
-        for own, (form, _) in zip(tensors, parts, strict=True):
-            if form.dtype is not None:
-                raise ModelLoadError(
-                    f"{self._file.path}: tensor {own} is {form.name}, others beside it are not"
-                )
-        raw = [(form, self._place(data, torch.uint8).view(*shape[:2], -1)) for form, data in parts]
-        return place_experts(BlockStack(tuple(raw)), self.dtype)
+    def experts(self, prefix: str, moe: MoEConfig, hidden: int) -> Experts:
+        inner, count = moe.intermediate_size, moe.experts
+        up = self._expert_tensors(
+            [prefix + name for name in moe.gate_up], (count, 2 * inner, hidden)
+        )
+        down = self._expert_tensors([prefix + moe.down], (count, hidden, inner))
+        up_bias = down_bias = None
+        if moe.biases is not None:
+            names = [prefix + name for name in moe.biases]
+            up_bias = self._dense_parts(self._expert_tensors(names[:1], (count, 2 * inner)))
+            down_bias = self._dense_parts(self._expert_tensors(names[1:], (count, hidden)))
+        forms = {form.name: form.dtype is None for form, _ in (*up, *down)}
+        if not any(forms.values()):
+            return DenseExperts(self._dense_parts(up), up_bias, self._dense_parts(down), down_bias)
+        if not all(forms.values()):
+            raise ModelLoadError(
+                f"{self._file.path}: the experts at {prefix[:-1]} are {', '.join(forms)}; accepted:"
+                " all of them quantised, or none"
+            )
+        blocks = [
+            (form, self._place(raw, torch.uint8).view(count, -1, raw.shape[1]))
+            for form, raw in (*up, *down)
+        ]
+        return place_experts(
+            BlockExperts(tuple(blocks[:-1]), up_bias, blocks[-1], down_bias, self.dtype)
+        )
 
-    def expert_bias(self, name: str, count: int, rows: int, interleaved: bool) -> Tensor:
-        tensors = self._names.expert_tensors(name)
-        shape = (count, rows // len(tensors))
-        parts = [self._expert_tensor(own, shape)[1] for own in tensors]
-        return torch.cat([self._place(part, self.dtype) for part in parts], 1)
+    def _dense_parts(self, parts: list[tuple[QuantFormat, Tensor]]) -> Tensor:
+        """Parts of the output, one below the other in every expert."""
+        placed = [self._place(data, self.dtype) for _, data in parts]
+        return placed[0] if len(placed) == 1 else torch.cat(placed, 1)
+
+    def _expert_tensors(
+        self, names: list[str], shape: tuple[int, ...]
+    ) -> list[tuple[QuantFormat, Tensor]]:
+        """The parts of tensors ``names`` of all experts, which together have ``shape``: dense, or
+        raw bytes ``[experts * rows, row_bytes]``."""
+        tensors = [own for name in names for own in self._names.expert_tensors(name)]
+        rows = shape[1] // len(tensors)
+        return [self._expert_tensor(own, (shape[0], rows, *shape[2:])) for own in tensors]
 
     def _expert_tensor(self, own: str, shape: tuple[int, ...]) -> tuple[QuantFormat, Tensor]:
         """The tensor ``own`` of ``shape``, or, in files that have one for each expert, all of
@@ -211,7 +291,8 @@ class GGUFWeights(_FileWeights):
                 f"{self._file.path}: tensors {stem}.*.{kind} have types {', '.join(forms)}; "
                 "one type is accepted"
             )
-        return parts[0][0], torch.cat([data for _, data in parts])
+        data = torch.cat([data for _, data in parts])
+        return parts[0][0], data if parts[0][0].dtype is None else data.view(shape)
 
     def finish(self) -> None:
         """ModelLoadError if tensors are left over."""
@@ -241,11 +322,24 @@ class GGUFWeights(_FileWeights):
     def _rows(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor of ``name``, which must have ``shape``: floats, or blocks as raw bytes."""
         own = self._names.gguf_name(name)
-        form, rows = self._stored(own, shape)
+        place = self._names.place_in_stack(name)
+        if place is None:
+            form, rows = self._stored(own, shape)
+        else:
+            form, rows = self._stored_in_stack(own, place, shape)
         if len(shape) == 1 and form.dtype is None:
             raise ModelLoadError(f"{self._file.path}: tensor {own} is {form.name}, expected floats")
         heads = self._names.permuted_heads(name, self._config)
         return unpermute_rows(rows, heads) if heads else rows
+
+    def _stored_in_stack(
+        self, own: str, place: int, shape: tuple[int, ...]
+    ) -> tuple[QuantFormat, Tensor]:
+        """Matrix ``place`` of those of ``shape`` that ``own`` has."""
+        found = self._file.tensors.get(own)
+        count = max(found.shape[0], place + 1) if found else place + 1
+        form, rows = self._stored(own, (count, *shape))
+        return form, rows.reshape(count, shape[0], -1)[place]
 
     def _stored(self, own: str, shape: tuple[int, ...]) -> tuple[QuantFormat, Tensor]:
         """The file's tensor ``own``, which must have ``shape``."""

@@ -1,7 +1,7 @@
 """``Batch``: all that one forward pass needs to know about its tokens."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,22 +30,38 @@ class Batch:
     max_context_len: int
     query_lens: tuple[int, ...] = ()  # of every sequence; empty where they vary from run to run
     contexts: tuple[int, ...] = ()  # context_lens, likewise
+    further: tuple[tuple[Tensor, Tensor], ...] = ()  # slots and tables of groups of layers after 0
+
+    def views(self) -> tuple["Batch", ...]:
+        """The batch as each group of layers sees it, with slots and block tables of its own."""
+        others = (replace(self, slots=s, block_tables=t, further=()) for s, t in self.further)
+        return self, *others
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """Paged key/value memory: one pair of tensors per layer.
+    """Paged key/value memory: one pair of tensors per layer, and which of the batch's views the
+    layer reads and writes it with (``groups``).
 
     Keys are ``[blocks, block_size, heads, key_dim]``, values ``[..., value_dim]``, which may be 0.
+    Layers of different groups may share a pair: their blocks are different ones.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     block_size: int
+    groups: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in self.keys + self.values)
+        return sum(t.nbytes for t in set(self.keys + self.values))
+
+    def shared(self, groups: tuple[int, ...], places: tuple[int, ...]) -> "KVCache":
+        """The cache of as many layers as ``places`` has entries: each is in its group and has the
+        pair of tensors that its place says."""
+        keys = tuple(self.keys[place] for place in places)
+        values = tuple(self.values[place] for place in places)
+        return KVCache(keys, values, self.block_size, groups)
 
     @staticmethod
     def allocate(
@@ -56,7 +72,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> "KVCache":
-        """Zero-filled caches of ``blocks`` blocks.
+        """Zero-filled caches of ``blocks`` blocks; all layers are in group 0 and share nothing.
 
         On a CPU the memory is only taken as blocks are used.
         """
@@ -71,4 +87,4 @@ class KVCache:
 
         keys = tuple(zeros(shape.key_dim) for _ in range(layers))
         values = tuple(zeros(shape.value_dim) for _ in range(layers))
-        return KVCache(keys, values, block_size)
+        return KVCache(keys, values, block_size, (0,) * layers)

@@ -4,26 +4,25 @@ from typing import Any
 
 from squall.models.config import Activation, ConfigReader, LayerConfig, RopeConfig
 
-_ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-}
+_GELU: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_GATED: dict[str, Activation] = {"silu": "silu", "swish": "silu", **_GELU}
+_PLAIN: dict[str, Activation] = {"relu2": "relu2", "xielu": "xielu", **_GELU}
 
 
 def read_activation(
-    reader: ConfigReader, key: str = "hidden_act", default: str = "silu"
+    reader: ConfigReader, key: str = "hidden_act", default: str = "silu", gated: bool = True
 ) -> Activation:
-    """The gated MLP's activation."""
+    """The activation of an MLP with gate or without."""
+    names = _GATED if gated else _PLAIN
     name = reader.get_str(key, default)
-    if name not in _ACTIVATIONS:
-        raise reader.fail(key, f"{name!r} is not known; accepted: {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+    if name not in names:
+        raise reader.fail(key, f"{name!r} is not known; accepted: {', '.join(names)}")
+    return names[name]
 
 
-def read_heads(reader: ConfigReader) -> dict[str, Any]:
-    """Sizes every GQA decoder has: the ``num_*``, ``head_dim`` and ``*_size`` fields."""
+def read_heads(reader: ConfigReader, intermediate_size: int | None = None) -> dict[str, Any]:
+    """Sizes every GQA decoder has: the ``num_*``, ``head_dim`` and ``*_size`` fields;
+    ``intermediate_size`` where it is read in another way."""
     hidden = reader.get_int("hidden_size")
     heads = reader.get_int("num_attention_heads")
     kv_heads = reader.get_int("num_key_value_heads", heads)
@@ -33,7 +32,7 @@ def read_heads(reader: ConfigReader) -> dict[str, Any]:
     return {
         "vocab_size": reader.get_int("vocab_size"),
         "hidden_size": hidden,
-        "intermediate_size": reader.get_int("intermediate_size"),
+        "intermediate_size": intermediate_size or reader.get_int("intermediate_size"),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
-Activation = Literal["silu", "gelu_tanh", "clamped_silu"]
+Activation = Literal["silu", "gelu_tanh", "clamped_silu", "relu2", "xielu"]
 
 
 class ConfigReader(Protocol):
@@ -13,13 +13,22 @@ class ConfigReader(Protocol):
     file: str
 
     def has(self, key: str) -> bool: ...
+    def is_list(self, key: str) -> bool: ...
     def get_int(self, key: str, default: Any = ...) -> Any: ...
     def get_float(self, key: str, default: Any = ...) -> Any: ...
     def get_bool(self, key: str, default: Any = ...) -> Any: ...
     def get_str(self, key: str, default: Any = ...) -> Any: ...
     def get_list(self, key: str, default: Any = ...) -> Any: ...
+    def get_each(self, key: str, count: int) -> list[int]:
+        """``count`` integers; a single one is taken for all."""
+        ...
+
     def rope(self, layer_type: str | None = None) -> Mapping[str, Any]:
         """Rope settings of one layer type in the flat form ``{rope_type, rope_theta, ...}``."""
+        ...
+
+    def sub(self, key: str) -> "ConfigReader":
+        """A reader over a nested object, which must be there."""
         ...
 
     def fail(self, key: str, message: str) -> Exception:
@@ -44,6 +53,16 @@ class LayerConfig:
     window: int = 0  # tokens a query sees, itself included; 0: all
     rope: int = 0  # index into DecoderConfig.ropes
     experts: bool = False  # a mixture of experts instead of the MLP
+    shares: int | None = None  # the earlier layer whose keys and values it reads, having none
+
+
+@dataclass(frozen=True)
+class QueryGrowth:
+    """Scores grow with the position p of the query by ``1 + beta ln(1 + floor(p / every))``
+    (Llama 4, Ministral 3)."""
+
+    beta: float
+    every: int  # tokens
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,21 @@ class NormNames:
     mlp: str | None = "post_attention_layernorm"
     after_attention: str | None = None
     after_mlp: str | None = None
+
+
+@dataclass(frozen=True)
+class AltUpConfig:
+    """Several residual streams of which the layers compute one (``squall.models.altup``), and an
+    embedding of the token for each layer."""
+
+    streams: int
+    active: int  # the stream that attention and MLP read
+    scaled: bool  # the corrected stream is scaled for the token's input
+    laurel_rank: int
+    input_size: int  # of the embedding for each layer
+    input_vocab: int  # tokens that have one; others take that of token 0
+    intermediate_sizes: tuple[int, ...]  # of each layer
+    sparsity: tuple[float, ...]  # of each layer, the share of gates that are closed
 
 
 @dataclass(frozen=True)
@@ -113,6 +147,7 @@ class MoEConfig:
     )
     shared: str | None = None  # an MLP that all tokens go through
     shared_size: int = 0
+    shared_names: tuple[tuple[str, ...], str] = (("gate_proj", "up_proj"), "down_proj")
     shared_gate: str | None = None  # its weight for a token is the sigmoid of this
 
 
@@ -132,8 +167,9 @@ class DecoderConfig:
     ropes: tuple[RopeConfig, ...]
     tie_embeddings: bool
     attention_scale: float
-    activation: Activation = "silu"
+    activation: Activation = "silu"  # without a gate also "relu2", "xielu"; not "silu"
     qkv_bias: bool = False
+    qkv_clip: float = 0.0  # q, k, v are kept within this of zero; 0: not
     o_bias: bool = False
     mlp_bias: bool = False
     parallel: bool = False  # attention and MLP read the same stream
@@ -146,22 +182,49 @@ class DecoderConfig:
     interleaved_rope: bool = False  # what is rotated together lies side by side in checkpoints
     qk_norm: bool = False
     wide_qk_norm: bool = False  # one norm over all heads of q, one over those of k
+    head_layer_norm: bool = False  # layer norms of the heads of q and k, a weight for each head
+    qk_norm_names: tuple[str, str] = ("q_norm", "k_norm")  # in checkpoints
+    query_growth: QueryGrowth | None = None
+    v_norm: bool = False  # RMS norms of the heads of v, without weights
+    qk_norm_after_rope: bool = False  # that of qk_norm; the others come before it
     layer_norm: bool = False  # layer norms instead of RMS norms
     norm_bias: bool = False  # of layer norms
+    plain_norms: bool = False  # layer norms without weights
     norm_offset: float = 0.0  # added to every norm weight of a Hugging Face checkpoint
     norms: NormNames = NormNames()
     embedding_scale: float = 1.0
     logit_scale: float = 1.0
     attention_softcap: float = 0.0
+    sinks: bool = False  # every head has a logit that takes its share of attention and has no value
     logit_softcap: float = 0.0
+    altup: AltUpConfig | None = None
     moe: MoEConfig | None = None
     wide_range: bool = False  # activations are known to leave float16's range
     mla: MLAConfig | None = None  # latent attention instead of grouped-query attention
-    unused_layers: int = 0  # behind the last one: checkpoints hold them, nothing here reads them
+
+    @property
+    def longest_position(self) -> int:
+        """The context (tokens) that may be asked for: dynamic ropes stretch beyond the default."""
+        stretched = (r.settings["factor"] for r in self.ropes if r.rule == "dynamic")
+        return int(self.max_position * max(stretched, default=1.0))
 
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def caches(self) -> tuple[int, ...]:
+        """Each layer's place in the cache."""
+        places: list[int] = []
+        for layer in self.layers:
+            new = max(places, default=-1) + 1
+            places.append(new if layer.shares is None else places[layer.shares])
+        return tuple(places)
+
+    @property
+    def num_caches(self) -> int:
+        """Layers with keys and values of their own."""
+        return sum(layer.shares is None for layer in self.layers)
 
     @property
     def value_dim(self) -> int:
@@ -188,4 +251,4 @@ class DecoderConfig:
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of key/value cache one token takes over all layers."""
         shape = self.kv_shape
-        return self.num_layers * shape.heads * (shape.key_dim + shape.value_dim) * itemsize
+        return self.num_caches * shape.heads * (shape.key_dim + shape.value_dim) * itemsize

@@ -1,5 +1,6 @@
 """The decoder-only transformer, assembled from a :class:`DecoderConfig`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,7 +32,6 @@ class Block:
             return None if name is None else read_norm(source, config, f"{prefix}.{name}")
 
         self.eps = config.norm_eps
-        self.rope = layer.rope
         names = config.norms
         self.input_norm = norm(names.attention)
         attention = LatentAttention if config.mla else Attention
@@ -91,10 +91,7 @@ class Decoder:
         self.device = source.device
         shape = (config.vocab_size, config.hidden_size)
         self.embedding: Weight = source.matrix("model.embed_tokens.weight", *shape)
-        self.blocks = [
-            Block(config, layer, source, f"model.layers.{i}")
-            for i, layer in enumerate(config.layers)
-        ]
+        self.blocks = self._read_blocks(source)
         norm, scale = read_norm(source, config, config.final_norm), config.logit_scale
         self.norm: Norm = norm * scale if isinstance(norm, Tensor) else norm.scaled(scale)
         self.head = (
@@ -104,6 +101,10 @@ class Decoder:
         if config.head_bias:
             self.head_bias = source.vector("lm_head.bias", config.vocab_size)
         self.ropes = [rope_table(rope, max_len, source.device) for rope in config.ropes]
+
+    def _read_blocks(self, source: WeightSource) -> Sequence[Block]:
+        layers = enumerate(self.config.layers)
+        return [Block(self.config, layer, source, f"model.layers.{i}") for i, layer in layers]
 
     def use_attention(self, attend: Attend) -> None:
         """Compute attention with ``attend`` from now on; latent attention has no other way than
@@ -132,13 +133,30 @@ class Decoder:
         stream = self.embedding.rows(batch.token_ids, self.dtype)
         if config.embedding_scale != 1.0:  # rounded to the model's dtype, as transformers does
             stream = stream * torch.tensor(config.embedding_scale, dtype=self.dtype).item()
-        stream = stream.float()
-        *blocks, last = zip(self.blocks, cache.keys, cache.values, strict=True)
-        for block, keys, values in blocks:
-            block(stream, batch, (keys, values), self.ropes[block.rope])
-        block, keys, values = last
-        rows = batch.logit_rows  # no other row is needed once the last layer's cache is written
-        return self.logits(block(stream, batch, (keys, values), self.ropes[block.rope], rows))
+        return self.logits(self._carry(stream.float(), batch, cache))
+
+    def _carry(self, stream: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+        """``stream`` [T, hidden] through all layers: [L, hidden]."""
+        *blocks, (last, last_memory) = zip(self.blocks, self._memory(batch, cache), strict=True)
+        for block, memory in blocks:
+            block(stream, *memory)
+        # no other row is needed once the last layer's cache is written
+        return last(stream, *last_memory, batch.logit_rows)
+
+    def _memory(
+        self, batch: Batch, cache: KVCache
+    ) -> list[tuple[Batch, tuple[Tensor, Tensor], Tensor]]:
+        """Each layer's view of the batch, its keys and values, and its rotary table."""
+        assert len(cache.keys) == self.config.num_caches, f"caches of {len(cache.keys)} layers"
+        views = batch.views()
+        return [
+            (
+                views[cache.groups[place]],
+                (cache.keys[place], cache.values[place]),
+                self.ropes[layer.rope],
+            )
+            for place, layer in zip(self.config.caches, self.config.layers, strict=True)
+        ]
 
     def logits(self, stream: Tensor) -> Tensor:
         """Final norm and head: ``[L, hidden] -> [L, vocab]``, float32."""

@@ -1,63 +1,55 @@
 """DeepSeek-V2 and V2-Lite: latent attention, whose YaRN also raises the attention scale, and
 experts behind the first layers."""
 
-from dataclasses import replace
-
 from squall.models.common import read_activation, read_rope
 from squall.models.config import (
     ConfigReader,
     DecoderConfig,
     LayerConfig,
     MLAConfig,
-    MoEConfig,
     RopeConfig,
     RouterConfig,
 )
+from squall.models.deepseek_experts import with_experts
 from squall.models.rope import yarn_magnitude
 
-_GROUPS = {"greedy": False, "group_limited_greedy": True}  # topk_method
+_LIMITED = {"greedy": False, "group_limited_greedy": True}  # topk_method: to the best groups?
 
 
 def read_config(reader: ConfigReader) -> DecoderConfig:
     config = read_dense(reader)
-    method = reader.get_str("topk_method", "greedy")
-    if method not in _GROUPS:
-        raise reader.fail("topk_method", f"{method!r} is not known; accepted: {', '.join(_GROUPS)}")
-    if reader.get_bool("norm_topk_prob", False):
-        raise reader.fail("norm_topk_prob", "is not supported")
-    return with_experts(config, reader, "softmax", limited=_GROUPS[method])
-
-
-def with_experts(
-    config: DecoderConfig, reader: ConfigReader, scoring: str, limited: bool, group_best: int = 1
-) -> DecoderConfig:
-    """``config`` with DeepSeek's experts from layer ``first_k_dense_replace`` on; if ``limited`` a
-    token's are chosen from the best groups."""
-    dense = reader.get_int("first_k_dense_replace", 0)
-    if dense >= config.num_layers:
+    if not has_experts(config, reader, "softmax"):
         return config
+    return with_experts(config, reader, _read_router(reader))
+
+
+def has_experts(config: DecoderConfig, reader: ConfigReader, scoring: str) -> bool:
+    """Whether layers from ``first_k_dense_replace`` on have experts, as all published models do;
+    they must be scored with ``scoring``."""
+    if reader.get_int("first_k_dense_replace", 0) >= config.num_layers:
+        return False
     found = reader.get_str("scoring_func", scoring)
     if found != scoring:
         raise reader.fail("scoring_func", f"{found!r} is not supported; accepted: {scoring}")
     if reader.get_int("moe_layer_freq", 1) != 1:
         raise reader.fail("moe_layer_freq", "only 1 is supported")
-    router = RouterConfig(
+    return True
+
+
+def _read_router(reader: ConfigReader) -> RouterConfig:
+    """Softmax scores; a group is as good as its best expert."""
+    method = reader.get_str("topk_method", "greedy")
+    if method not in _LIMITED:
+        accepted = ", ".join(_LIMITED)
+        raise reader.fail("topk_method", f"{method!r} is not known; accepted: {accepted}")
+    if reader.get_bool("norm_topk_prob", False):
+        raise reader.fail("norm_topk_prob", "is not supported")
+    return RouterConfig(
         top_k=reader.get_int("num_experts_per_tok"),
-        scoring=scoring,
-        renormalize=reader.get_bool("norm_topk_prob", False),
         scale=reader.get_float("routed_scaling_factor", 1.0),
-        groups=(reader.get_int("n_group", 1) or 1) if limited else 1,
-        top_groups=(reader.get_int("topk_group", 1) or 1) if limited else 1,
-        group_best=group_best,
+        groups=(reader.get_int("n_group", 1) or 1) if _LIMITED[method] else 1,
+        top_groups=(reader.get_int("topk_group", 1) or 1) if _LIMITED[method] else 1,
     )
-    count, size = reader.get_int("n_routed_experts"), reader.get_int("moe_intermediate_size")
-    if count % router.groups:
-        raise reader.fail("n_group", f"{router.groups} does not divide {count} experts")
-    shared = size * (reader.get_int("n_shared_experts", 0) or 0)
-    name = "mlp.shared_experts" if shared else None
-    moe = MoEConfig(count, size, router, shared=name, shared_size=shared)
-    layers = tuple(replace(layer, experts=i >= dense) for i, layer in enumerate(config.layers))
-    return replace(config, moe=moe, layers=layers)
 
 
 def read_dense(reader: ConfigReader) -> DecoderConfig:

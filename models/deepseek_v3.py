@@ -1,19 +1,14 @@
-"""DeepSeek-V3, V3.1 and R1: V2 with other routing. Behind the last layer, checkpoints hold some for
-multi-token prediction."""
+"""DeepSeek-V3, V3.1 and R1: V2 with other routing."""
 
 from dataclasses import replace
 
 from squall.models.config import ConfigReader, DecoderConfig
-from squall.models.deepseek_v2 import read_dense, with_experts
+from squall.models.deepseek_experts import read_v3_router, with_experts
+from squall.models.deepseek_v2 import has_experts, read_dense
 
 
 def read_config(reader: ConfigReader) -> DecoderConfig:
-    config = with_experts(read_dense(reader), reader, "sigmoid", limited=True, group_best=2)
-    if config.moe is not None:
-        correction = "mlp.gate.e_score_correction_bias"
-        config = replace(config, moe=replace(config.moe, correction=correction))
-    return replace(
-        config,
-        interleaved_rope=reader.get_bool("rope_interleave", True),
-        unused_layers=reader.get_int("num_nextn_predict_layers", 0),
-    )
+    config = read_dense(reader)
+    if has_experts(config, reader, "sigmoid"):
+        config = with_experts(config, reader, read_v3_router(reader))
+    return replace(config, interleaved_rope=reader.get_bool("rope_interleave", True))

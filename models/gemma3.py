@@ -11,8 +11,9 @@ from squall.models.common import (
 from squall.models.config import ConfigReader, DecoderConfig
 
 
-def read_config(reader: ConfigReader) -> DecoderConfig:
-    heads = read_heads(reader)
+def read_config(reader: ConfigReader, intermediate_size: int | None = None) -> DecoderConfig:
+    """``intermediate_size`` as ``read_heads`` takes it."""
+    heads = read_heads(reader, intermediate_size)
     head_dim = heads["head_dim"]
     attention_bias = reader.get_bool("attention_bias", False)
     return DecoderConfig(

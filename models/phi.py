@@ -10,10 +10,10 @@ from squall.models.config import ConfigReader, DecoderConfig, NormNames
 
 def read_config(reader: ConfigReader) -> DecoderConfig:
     if reader.get_bool("qk_layernorm", False):
-        raise reader.fail("qk_layernorm", "is not supported")
+        raise reader.fail("qk_layernorm", "is not supported; no published Phi has it")
     return replace(
         llama.read_config(reader, eps="layer_norm_eps"),
-        activation=read_activation(reader, "hidden_act", "gelu_new"),
+        activation=read_activation(reader, "hidden_act", "gelu_new", gated=False),
         layer_norm=True,
         norm_bias=True,
         parallel=True,

@@ -1,7 +1,7 @@
 """Rotary tables: inverse frequencies by scaling rule, then cos and sin for every position.
 
 Rules and formulas are those of transformers' ``modeling_rope_utils`` (default, linear, llama3,
-yarn, longrope) and of GGUF's ``rope_freqs.weight`` (``factors``).
+yarn, longrope, dynamic) and of GGUF's ``rope_freqs.weight`` (``factors``).
 """
 
 import math
@@ -130,13 +130,29 @@ def _longrope(inverse: Tensor, config: RopeConfig, length: int) -> tuple[Tensor,
     here the longest sequence that is possible decides for all.
     """
     original = _number(config, "original_max_position_embeddings")
-    factors = config.settings["long_factor" if length > original else "short_factor"]
+    kind = "long" if length > original else "short"
+    factors = config.settings[f"{kind}_factor"]
     given = config.settings.get("factor")
     stretch = float(given or _number(config, "max_position_embeddings") / original)
-    attention = config.settings.get("attention_factor")
+    attention = config.settings.get(f"{kind}_mscale", config.settings.get("attention_factor"))
     if attention is None:
         attention = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
     return inverse / torch.tensor(factors, dtype=torch.float64), float(attention)
+
+
+def _dynamic(inverse: Tensor, config: RopeConfig, length: int) -> tuple[Tensor, float]:
+    """The base grows with the sequence once that is longer than the trained context.
+
+    transformers follows the length of the sequence so far, which leaves its cache with keys of many
+    bases; here the longest sequence that is possible decides for all, as with ``_longrope``. So a
+    sequence of that length gets transformers' angles in every position, and up to the trained
+    context nothing is stretched.
+    """
+    trained, factor = _number(config, "max_position_embeddings"), _number(config, "factor")
+    growth = factor * max(length, trained) / trained - (factor - 1)
+    # base^(-2i/dim) of base * growth^(dim / (dim - 2))
+    exponents = torch.arange(config.dim // 2, dtype=torch.float64) / (config.dim / 2 - 1)
+    return inverse * growth**-exponents, 1.0
 
 
 def _factors(inverse: Tensor, config: RopeConfig, length: int) -> tuple[Tensor, float]:
@@ -150,6 +166,7 @@ RULES: dict[str, Rule] = {
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+    "dynamic": _dynamic,
     "factors": _factors,
 }
 _REQUIRED: dict[str, tuple[str, ...]] = {
@@ -161,6 +178,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
         "original_max_position_embeddings",
     ),
     "yarn": ("factor",),
+    "dynamic": ("factor",),
     "longrope": ("short_factor", "long_factor", "original_max_position_embeddings"),
     "factors": ("factors",),
 }

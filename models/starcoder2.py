@@ -11,7 +11,7 @@ def read_config(reader: ConfigReader) -> DecoderConfig:
     bias = reader.get_bool("use_bias", True)
     return replace(
         mistral.read_config(reader, eps="norm_epsilon"),
-        activation=read_activation(reader, "hidden_act", "gelu_pytorch_tanh"),
+        activation=read_activation(reader, "hidden_act", "gelu_pytorch_tanh", gated=False),
         layer_norm=True,
         norm_bias=True,
         plain_mlp=("c_fc", "c_proj"),

@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from squall.kernels.moe.stack import DenseStack, ExpertStack
+from squall.kernels.moe.experts import DenseExperts, Experts
 from squall.kernels.weight import DenseWeight, Weight
-from squall.models.config import DecoderConfig
+from squall.models.config import DecoderConfig, MoEConfig
 from squall.models.linear import Linear
 from squall.models.norm import LayerNorm, Norm
 
@@ -35,29 +35,22 @@ class WeightSource(Protocol):
         out (Gemma stores w - 1), which GGUF files already contain."""
         ...
 
+    def head_norms(self, name: str, heads: int, dim: int) -> Tensor:
+        """``[heads, dim]`` float32 norm weights of module ``name``, a row for each head."""
+        ...
+
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight: ...
+
+    def skip(self, name: str) -> None:
+        """A tensor that files may have and the model does not use."""
+        ...
 
     def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """A small dense tensor, float32."""
         ...
 
-    def experts(
-        self,
-        names: Sequence[str],
-        count: int,
-        rows: int,
-        in_features: int,
-        transposed: bool,
-        interleaved: bool,
-    ) -> ExpertStack:
-        """The tensors ``names`` of ``count`` experts, ``rows`` rows each, one below the other in
-        every expert. ``{}`` in a name stands for the number of an expert; without it the tensor is
-        ``[count, rows, in_features]``, in Hugging Face checkpoints ``[count, in_features, rows]``
-        if ``transposed``, and if ``interleaved`` with the rows of gate and up in turn."""
-        ...
-
-    def expert_bias(self, name: str, count: int, rows: int, interleaved: bool) -> Tensor:
-        """``[count, rows]`` in ``dtype``, gate before up."""
+    def experts(self, prefix: str, moe: MoEConfig, hidden: int) -> Experts:
+        """The experts of a layer; ``prefix`` stands before the names in ``moe``."""
         ...
 
 
@@ -86,6 +79,8 @@ def read_linear(
 
 def read_norm(source: WeightSource, config: DecoderConfig, name: str) -> Norm:
     """A norm over the hidden size; ``name`` is that of the module."""
+    if config.plain_norms:
+        return LayerNorm(torch.ones(config.hidden_size, device=source.device), None)
     weight = source.norm(f"{name}.weight", config.hidden_size, config.norm_offset)
     if not config.layer_norm:
         return weight
@@ -112,22 +107,22 @@ class RandomWeights:
     def norm(self, name: str, size: int, offset: float) -> Tensor:
         return torch.ones(size, device=self.device)
 
+    def head_norms(self, name: str, heads: int, dim: int) -> Tensor:
+        return torch.ones(heads, dim, device=self.device)
+
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
         return DenseWeight(self._normal(out_features, in_features))
+
+    def skip(self, name: str) -> None:
+        pass
 
     def floats(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._normal(*shape).float()
 
-    def experts(
-        self,
-        names: Sequence[str],
-        count: int,
-        rows: int,
-        in_features: int,
-        transposed: bool,
-        interleaved: bool,
-    ) -> ExpertStack:
-        return DenseStack(self._normal(count, rows * len(names), in_features))
-
-    def expert_bias(self, name: str, count: int, rows: int, interleaved: bool) -> Tensor:
-        return self._normal(count, rows)
+    def experts(self, prefix: str, moe: MoEConfig, hidden: int) -> Experts:
+        count, inner = moe.experts, moe.intermediate_size
+        gate_up, down = self._normal(count, 2 * inner, hidden), self._normal(count, hidden, inner)
+        biases: list[Tensor | None] = [None, None]
+        if moe.biases is not None:
+            biases = [self._normal(count, rows) for rows in (2 * inner, hidden)]
+        return DenseExperts(gate_up, biases[0], down, biases[1])

@@ -36,6 +36,7 @@ class Engine:
         self.model = model
         self.cache = cache
         self.limits = limits
+        assert max(cache.groups) < limits.groups, f"{limits.groups} groups for {cache.groups}"
         self.state = State(BlockPool(cache.keys[0].shape[0]))
         self.runner = Runner(model, cache, limits)
         self._rows: dict[int, SampleRow] = {}
@@ -75,6 +76,7 @@ class Engine:
         An exception inside the step ends the requests that were in it with an error event.
         Raises EngineError when the device itself is lost.
         """
+        scheduler.slide(self.state, self.limits)
         plan = scheduler.plan(self.state, self.limits)
         scheduler.apply(self.state, plan)
         before, self._launched = self._launched, None

@@ -2,9 +2,11 @@
 
 A decode step is captured once per batch size and replayed, so its inputs lie in static buffers. The
 host fills one of two pinned copies (the other may still be on its way) and uploads it whole; block
-tables, which hardly change, are kept on the device and only their new entries are sent.
+tables, which hardly change, are kept on the device and only their new entries are sent. Those that
+slid out of a window stay as they were: nobody reads them.
 """
 
+import math
 from collections.abc import Sequence as Rows
 
 import numpy as np
@@ -21,7 +23,7 @@ _FIELDS: tuple[tuple[str, torch.dtype], ...] = (
     ("key", torch.int64),  # the sampler's seed
     ("source", torch.int32),  # a row of the last step's sampled ids, or -1 - token id
     ("positions", torch.int32),
-    ("slots", torch.int32),
+    ("slots", torch.int32),  # one a group of layers
     ("context_lens", torch.int32),
     ("output_position", torch.int32),
     ("top_k", torch.int32),
@@ -35,33 +37,35 @@ _IDLE = {"source": -1, "slots": -1, "top_p": 1.0}
 
 
 class _Fields:
-    """One buffer of all fields, and a view of each by name."""
+    """One buffer of all fields, and a view of each by name: [rows], of slots [groups, rows]."""
 
-    def __init__(self, rows: int, device: torch.device, pinned: bool = False) -> None:
-        nbytes = sum(rows * dtype.itemsize for _, dtype in _FIELDS)
-        self.buffer = torch.zeros(nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+    def __init__(self, rows: int, groups: int, device: torch.device, pinned: bool = False) -> None:
+        shapes = {name: (groups, rows) if name == "slots" else (rows,) for name, _ in _FIELDS}
+        sizes = [math.prod(shapes[name]) * dtype.itemsize for name, dtype in _FIELDS]
+        self.buffer = torch.zeros(sum(sizes), dtype=torch.uint8, device=device, pin_memory=pinned)
         self.views: dict[str, Tensor] = {}
-        begin = 0
-        for name, dtype in _FIELDS:
-            end = begin + rows * dtype.itemsize
-            self.views[name] = self.buffer[begin:end].view(dtype)
-            begin = end
+        for (name, dtype), part in zip(_FIELDS, torch.split(self.buffer, sizes), strict=True):
+            self.views[name] = part.view(dtype).view(shapes[name])
 
 
 class DecodeInputs:
-    """Static inputs of up to ``rows`` sequences that decode one token each."""
+    """Static inputs of up to ``rows`` sequences that decode one token each; they have a block table
+    of ``max_blocks`` entries for each of the ``groups`` of layers."""
 
-    def __init__(self, rows: int, max_blocks: int, block_size: int, device: torch.device) -> None:
+    def __init__(
+        self, rows: int, groups: int, max_blocks: int, block_size: int, device: torch.device
+    ) -> None:
         self.rows = rows
         self.block_size = block_size
         pinned = device.type == "cuda"
-        self.fields = _Fields(rows, device)
+        self.fields = _Fields(rows, groups, device)
         self.clear()
-        self._staging = [_Fields(rows, torch.device("cpu"), pinned) for _ in range(2)]
+        self._staging = [_Fields(rows, groups, torch.device("cpu"), pinned) for _ in range(2)]
         self._turn = 0
         self.query_start = torch.arange(rows + 1, dtype=torch.int32, device=device)
-        self.block_tables = torch.zeros(rows, max_blocks, dtype=torch.int32, device=device)
-        # what each row's table holds: (arrival, preemptions) of a sequence, and its first blocks
+        shape = groups, rows, max_blocks
+        self.block_tables = torch.zeros(shape, dtype=torch.int32, device=device)
+        # what each row's tables hold: (arrival, preemptions) of a sequence, and its first blocks
         self._held: list[tuple[tuple[int, int], int]] = [((-1, 0), 0)] * rows
         self._pinned = pinned
 
@@ -93,14 +97,14 @@ class DecodeInputs:
         host = self._next_staging()
         count = len(chunks)
         for name, view in host.items():
-            view[count:size] = _IDLE.get(name, 0)
+            view[..., count:size] = _IDLE.get(name, 0)
         starts = np.fromiter((c.start for c in chunks), np.int32, count)
-        blocks = np.fromiter(
-            (c.seq.blocks[c.start // self.block_size] for c in chunks), np.int32, count
-        )
         host["positions"][:count] = starts
         host["context_lens"][:count] = starts + 1
-        host["slots"][:count] = blocks * self.block_size + starts % self.block_size
+        entries = [(c.seq.blocks, c.start // self.block_size) for c in chunks]
+        for group, slots in enumerate(host["slots"]):
+            own = np.fromiter((tables[group][i] for tables, i in entries), np.int32, count)
+            slots[:count] = own * self.block_size + starts % self.block_size
         host["source"][:count] = [source_of(c.seq, c.start) for c in chunks]
         sequences = [c.seq for c in chunks]
         _write_sampling(host, sequences, rows)
@@ -128,15 +132,17 @@ class DecodeInputs:
         """Bring the device's block tables up to date with what each row's sequence holds."""
         places: list[int] = []
         values: list[int] = []
-        width = self.block_tables.shape[1]
+        _, rows, width = self.block_tables.shape
         for row, seq in enumerate(sequences):
             owner, known = self._held[row]
-            now, count = (seq.arrival, seq.preemptions), len(seq.blocks)
+            now, count = (seq.arrival, seq.preemptions), len(seq.blocks[0])
             if owner != now:
                 known = 0
             if known < count:
-                places += range(row * width + known, row * width + count)
-                values += seq.blocks[known:]
+                for group, table in enumerate(seq.blocks):
+                    begin = (group * rows + row) * width
+                    places += range(begin + known, begin + count)
+                    values += table[known:]
             self._held[row] = now, count
         if places:
             host = torch.tensor([places, values], dtype=torch.int64)

@@ -2,19 +2,23 @@
 
 The budget is the first of these that the user gave:
 
-1. ``pa_ctxt_len``: room for that many tokens;
+1. ``pa_ctxt_len``: room for that many tokens in every layer, whatever their sequences;
 2. ``pa_gpu_mem_usage``: that share of the device's memory, less all that is in use already and
    what the largest step needs;
 3. ``pa_gpu_mem``: that many MiB.
 
 Without any, a GPU gets a usage of 0.9. A CPU gets what all sequences at full length would need, at
 most 4 GiB and half of the free memory: the operating system only commits pages that are used.
+
+Groups of layers with a window (``squall.runtime.pages``) keep only the end of a long sequence, so
+the longest one that fits may have more tokens than the cache has room for in every layer.
 """
 
 import math
 from dataclasses import dataclass
 
 from squall.runtime.options import EngineOptions
+from squall.runtime.pages import blocks_for, blocks_needed, longest_sequence
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -81,43 +85,67 @@ def check_length(options: EngineOptions, model_len: int) -> None:
 
 
 def plan_kv(
-    options: EngineOptions, facts: MemoryFacts, bytes_per_token: int, model_len: int
+    options: EngineOptions,
+    facts: MemoryFacts,
+    block_bytes: int,
+    model_len: int,
+    windows: tuple[int, ...] = (0,),
 ) -> KVPlan:
-    """Size the cache. ``model_len`` is the longest sequence the model was made for (tokens).
+    """Size the cache. ``block_bytes`` are those of one block, which serves one group of layers;
+    ``model_len`` is the longest sequence the model was made for (tokens); ``windows`` are the
+    tokens each group keeps (0: all).
 
     A ``max_seq_len`` the user gave must fit; otherwise the context is cut to what fits. Raises
     OptionError, KVMemoryError.
     """
     check_options(options)
-    wanted = options.max_seq_len
+    wanted, block_size = options.max_seq_len, options.pa_blk_size
     check_length(options, model_len)
-    block_bytes = bytes_per_token * options.pa_blk_size
+    length = wanted or model_len
     room = facts.free - facts.activations
-    budget = _budget(options, facts, bytes_per_token, wanted or model_len)
+    budget = _budget(options, facts, block_bytes, length, windows)
     blocks = max(0, budget) // block_bytes
-    capacity = blocks * options.pa_blk_size
-    if budget > room or capacity < (wanted or options.pa_blk_size):
-        needed = max(options.pa_ctxt_len or 0, wanted or options.pa_blk_size)
-        fits = max(0, min(budget, room)) // block_bytes * options.pa_blk_size
-        fits = min(fits, model_len)
-        raise KVMemoryError(_does_not_fit(facts, needed, needed * bytes_per_token, budget, fits))
-    return KVPlan(blocks, min(wanted or model_len, capacity))
+    capacity = longest_sequence(length, blocks, block_size, windows)
+    if budget > room or capacity < (wanted or 1):
+        needed = max(options.pa_ctxt_len or 0, wanted or block_size)
+        fitting = max(0, min(budget, room)) // block_bytes
+        fits = longest_sequence(model_len, fitting, block_size, windows)
+        asked = blocks_needed(needed, block_size, windows) * block_bytes
+        if options.pa_ctxt_len is not None:
+            asked = max(asked, budget)
+        raise KVMemoryError(_does_not_fit(facts, needed, asked, budget, fits))
+    return KVPlan(blocks, capacity)
 
 
-def _budget(options: EngineOptions, facts: MemoryFacts, token_bytes: int, length: int) -> int:
+def _budget(
+    options: EngineOptions,
+    facts: MemoryFacts,
+    block_bytes: int,
+    length: int,
+    windows: tuple[int, ...],
+) -> int:
     """Bytes for the cache; may be negative."""
     if options.pa_ctxt_len is not None:
-        blocks = -(-options.pa_ctxt_len // options.pa_blk_size)
-        return blocks * options.pa_blk_size * token_bytes
+        return blocks_for(options.pa_ctxt_len, options.pa_blk_size) * len(windows) * block_bytes
     usage = options.pa_gpu_mem_usage
     if usage is None and options.pa_gpu_mem is not None:
         return options.pa_gpu_mem * MIB
     if usage is None and facts.lazy:
-        rounded = -(-length // options.pa_blk_size) * options.pa_blk_size
-        everything = options.max_seqs * rounded * token_bytes
+        everything = _all_at_full_length(options, facts, length, windows) * block_bytes
         return min(everything, CPU_LIMIT, (facts.free - facts.activations) // 2)
     used = facts.total - facts.free
     return int(facts.total * (usage or DEFAULT_GPU_USAGE)) - used - facts.activations
+
+
+def _all_at_full_length(
+    options: EngineOptions, facts: MemoryFacts, length: int, windows: tuple[int, ...]
+) -> int:
+    """Blocks for as many sequences as may run, of ``length`` tokens each, and for the tokens of one
+    step, which windows keep until the next."""
+    seqs, block_size = options.max_seqs, options.pa_blk_size
+    step = blocks_for(token_budget(options, facts.total, facts.lazy), block_size)
+    kept = seqs * blocks_needed(length, block_size, windows) + step * len(windows)
+    return min(kept, seqs * blocks_for(length, block_size) * len(windows))
 
 
 def _does_not_fit(facts: MemoryFacts, tokens: int, needed: int, budget: int, fits: int) -> str:

@@ -29,30 +29,40 @@ def pack(chunks: Rows[Chunk], block_size: int, sampled: Tensor) -> Batch:
     starts = np.fromiter((chunk.start for chunk in chunks), np.int64, count)
     query_start = np.zeros(count + 1, np.int64)
     np.cumsum(lengths, out=query_start[1:])
-    tables = np.full((count, max(len(c.seq.blocks) for c in chunks)), -1, np.int64)
-    for row, chunk in zip(tables, chunks, strict=True):
-        row[: len(chunk.seq.blocks)] = chunk.seq.blocks
     owner = np.repeat(np.arange(count), lengths)
     positions = np.arange(query_start[-1]) - query_start[owner] + starts[owner]
-    slots = tables[owner, positions // block_size] * block_size + positions % block_size
+    index: list[np.ndarray] = []  # slots and block tables of each group of layers
+    for group in range(len(chunks[0].seq.blocks)):
+        tables = _tables([chunk.seq.blocks[group] for chunk in chunks])
+        blocks = tables[owner, positions // block_size]
+        index += [blocks * block_size + positions % block_size, tables]
     samples = np.fromiter((chunk.samples for chunk in chunks), bool, count)
     source, in_flight = _sources(chunks, query_start)
     ends = starts + lengths
     rows = query_start[1:][samples] - 1
-    sent = _upload((source, positions, slots, query_start, ends, tables, rows), sampled.device)
+    sent = _upload((source, positions, query_start, ends, rows, *index), sampled.device)
     return Batch(
         token_ids=gather_ids(sampled, sent[0]) if in_flight else sent[0],
         positions=sent[1],
-        slots=sent[2],
-        query_start=sent[3],
-        context_lens=sent[4],
-        block_tables=sent[5],
-        logit_rows=sent[6],
+        slots=sent[5],
+        query_start=sent[2],
+        context_lens=sent[3],
+        block_tables=sent[6],
+        logit_rows=sent[4],
         max_query_len=int(lengths.max()),
         max_context_len=int(ends.max()),
         query_lens=tuple(lengths.tolist()),
         contexts=tuple(ends.tolist()),
+        further=tuple(zip(sent[7::2], sent[8::2], strict=True)),
     )
+
+
+def _tables(blocks: Rows[list[int]]) -> np.ndarray:
+    """The block tables of all sequences in one array, filled up with -1."""
+    tables = np.full((len(blocks), max(map(len, blocks))), -1, np.int64)
+    for row, own in zip(tables, blocks, strict=True):
+        row[: len(own)] = own
+    return tables
 
 
 def _sources(chunks: Rows[Chunk], query_start: np.ndarray) -> tuple[np.ndarray, bool]:

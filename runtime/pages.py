@@ -1,16 +1,38 @@
-"""The KV cache's blocks: which are in use, which are free. No tensors here, only block ids.
+"""The KV cache's blocks: which are in use, which are free, how many a sequence needs. No tensors
+here, only block ids.
+
+The layers are in groups (``squall.models.kv_layout``), which differ in the tokens they keep: all of
+them (window 0), or those that the next query sees. A block holds the tokens of one group, and any
+block can serve any group, so there is one pool. A sequence has a block table for each group.
 
 Callers see ``allocate``, ``free`` and ``free_blocks``. None of them promises which ids come back
 or that a freed block is forgotten at once, so sharing (reference counts) and keeping freed blocks
 for later hits (a cache keyed by content) can be added inside this class.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
     """How many blocks of ``block_size`` tokens hold ``tokens`` tokens."""
     return -(-tokens // block_size)
+
+
+def blocks_needed(tokens: int, block_size: int, windows: tuple[int, ...]) -> int:
+    """The most blocks a sequence of ``tokens`` tokens holds, of all groups together, while it is
+    computed token by token. Longer chunks need more for one step: a chunk's first query still sees
+    the window before it."""
+    whole = blocks_for(tokens, block_size)
+    # w tokens that do not begin with a block reach into one block more
+    return sum(min(whole, (w - 2) // block_size + 2) if w else whole for w in windows)
+
+
+def longest_sequence(limit: int, blocks: int, block_size: int, windows: tuple[int, ...]) -> int:
+    """The longest sequence (tokens, at most ``limit``) that ``blocks`` blocks are enough for."""
+    lengths = range(block_size, limit + block_size, block_size)
+    fitting = bisect_right(lengths, blocks, key=lambda n: blocks_needed(n, block_size, windows))
+    return min(limit, fitting * block_size)
 
 
 class BlockPool:

@@ -46,6 +46,10 @@ class Sequence:
     their keys and values in the cache, in ``blocks``, or will have them once the launched steps
     are through. The token sampled last is not computed yet, so a sequence that is decoding has
     ``remaining == 1``.
+
+    ``blocks`` are block tables, one for each group of layers, which are equally long: entry i is
+    the block of tokens ``i * block_size`` and on. The first ``slid`` entries of a group's table are
+    -1: their tokens have left its window.
     """
 
     __slots__ = (
@@ -60,13 +64,17 @@ class Sequence:
         "preemptions",
         "request",
         "row",
+        "slid",
         "stop_ids",
         "stop_token",
         "tokens",
     )
 
-    def __init__(self, request: EngineRequest, arrival: int, max_length: int) -> None:
-        """``arrival`` counts requests; ``max_length`` is where ``tokens`` must end (tokens)."""
+    def __init__(
+        self, request: EngineRequest, arrival: int, max_length: int, groups: int = 1
+    ) -> None:
+        """``arrival`` counts requests; ``max_length`` is where ``tokens`` must end (tokens);
+        ``groups`` are the groups of layers."""
         params = request.params
         # for the life of the request
         self.request = request
@@ -84,7 +92,8 @@ class Sequence:
         self.preemptions = 0
         # given up when it is preempted
         self.computed = 0
-        self.blocks: list[int] = []
+        self.blocks: list[list[int]] = [[] for _ in range(groups)]
+        self.slid = [0] * groups
         # set once
         self.finish_reason: str | None = None
         self.stop_token: int | None = None
@@ -95,6 +104,11 @@ class Sequence:
         last token it may have is in flight."""
         length = len(self.tokens) + self.in_flight
         return 0 if self.in_flight and length >= self.max_length else length - self.computed
+
+    @property
+    def held(self) -> int:
+        """Blocks it has, of all groups together."""
+        return sum(map(len, self.blocks)) - sum(self.slid)
 
     @property
     def sampled(self) -> int:
@@ -117,5 +131,5 @@ class Sequence:
     def __repr__(self) -> str:
         return (
             f"Sequence(id={self.request.id}, computed={self.computed}/{len(self.tokens)}, "
-            f"blocks={len(self.blocks)}, finish_reason={self.finish_reason})"
+            f"blocks={self.held}, finish_reason={self.finish_reason})"
         )

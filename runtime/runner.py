@@ -54,7 +54,7 @@ class Runner:
         self._sampled = torch.zeros(rows, dtype=torch.int32, device=model.device)
         if self._asynchronous:
             blocks = blocks_for(limits.max_seq_len, size)
-            self._inputs = DecodeInputs(rows, blocks, size, model.device)
+            self._inputs = DecodeInputs(rows, limits.groups, blocks, size, model.device)
             self._host_ids = [torch.zeros(rows, dtype=torch.int32).pin_memory() for _ in range(2)]
             self._turn = 0
 
@@ -136,17 +136,20 @@ class Runner:
     def _decode(self, size: int) -> Tensor:
         """One decode step of ``size`` rows on the static inputs: what a graph captures."""
         inputs = self._inputs
-        fields = {name: view[:size] for name, view in inputs.fields.views.items()}
+        fields = {name: view[..., :size] for name, view in inputs.fields.views.items()}
+        index = zip(fields["slots"], inputs.block_tables[:, :size], strict=True)
+        (slots, tables), *further = index
         batch = Batch(
             token_ids=gather_ids(self._sampled, fields["source"]),
             positions=fields["positions"],
-            slots=fields["slots"],
+            slots=slots,
             query_start=inputs.query_start[: size + 1],
             context_lens=fields["context_lens"],
-            block_tables=inputs.block_tables[:size],
+            block_tables=tables,
             logit_rows=None,
             max_query_len=1,
             max_context_len=self.limits.max_seq_len,
+            further=tuple(further),
         )
         logits = self.model(batch, self.cache)
         sample_tokens_(logits, *inputs.sampling(size), self._sampled[:size])

@@ -1,10 +1,11 @@
 """Which tokens the next step computes: continuous batching over a paged KV cache.
 
-``plan`` decides and only reads; ``apply`` carries the decision out and counts the step as computed;
-``apply_results`` books what it produced, which may come after the next step was planned: the
-tokens between are in flight, their number is known and their values are not. A sequence whose
-token in flight turns out to end it has then been computed for one step too many. Nothing here
-knows tensors; a step costs O(running sequences), whatever their lengths.
+``slide`` gives back the blocks that no further step reads; ``plan`` decides and only reads;
+``apply`` carries the decision out and counts the step as computed; ``apply_results`` books what it
+produced, which may come after the next step was planned: the tokens between are in flight, their
+number is known and their values are not. A sequence whose token in flight turns out to end it has
+then been computed for one step too many. Nothing here knows tensors; a step costs O(running
+sequences), whatever their lengths.
 
 Order is priority first (higher wins), then arrival; ``State.running`` and ``State.waiting`` are
 kept in that order. A step takes, within the token budget:
@@ -22,6 +23,11 @@ with none behind it waits for blocks with its cache kept.
 Admission must not feed preemption, so a waiting sequence starts only when all its known tokens
 and one further block per running sequence fit into the free blocks, and after a preemption nobody
 starts until a running sequence has left.
+
+Layers with windows (``Limits.windows``) keep fewer blocks than their sequence is long, in tables of
+their own. A sequence grows in all groups of layers at once, so it is one further block of each that
+"one further block" means. What a chunk takes beyond the window is given back a step later: it must
+not cost others their cache, so the chunk is shortened to leave them their further blocks.
 """
 
 from bisect import insort
@@ -29,7 +35,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from squall.runtime.pages import BlockPool, blocks_for
+from squall.runtime.pages import BlockPool, blocks_for, blocks_needed, longest_sequence
 from squall.runtime.request import EngineRequest, Sequence
 
 
@@ -59,6 +65,7 @@ class Limits:
     block_size: int  # tokens per cache block
     max_queue: int  # unfinished requests that add() accepts beyond max_seqs
     max_seq_len: int  # tokens of a sequence, prompt and output
+    windows: tuple[int, ...] = (0,)  # of each group of layers, tokens it keeps; 0: all
 
     def __post_init__(self) -> None:
         for name in ("max_seqs", "token_budget", "block_size", "max_queue", "max_seq_len"):
@@ -69,6 +76,11 @@ class Limits:
                 f"token_budget is {self.token_budget}; it must be at least "
                 f"max_seqs ({self.max_seqs})"
             )
+
+    @property
+    def groups(self) -> int:
+        """Block tables of a sequence."""
+        return len(self.windows)
 
 
 @dataclass
@@ -96,7 +108,7 @@ class Chunk(NamedTuple):
     start: int
     length: int
     samples: bool  # they reach the newest known token: a next one is sampled
-    new_blocks: int  # to allocate first
+    new_blocks: int  # to allocate first, for each group of layers
 
     @property
     def end(self) -> int:
@@ -140,28 +152,47 @@ def add(state: State, limits: Limits, request: EngineRequest) -> Sequence:
     ends = limits.max_seq_len if wanted is None else min(prompt + wanted, limits.max_seq_len)
     max_length = max(ends, prompt + 1)  # a prompt that fills the context still gets one token
     cached = max_length - 1  # the last token is never fed back
-    capacity = state.pool.num_blocks
-    if blocks_for(cached, limits.block_size) > capacity:
+    blocks, block_size = state.pool.num_blocks, limits.block_size
+    if blocks_needed(cached, block_size, limits.windows) > blocks:
+        capacity = longest_sequence(cached, blocks, block_size, limits.windows)
         raise RequestTooLargeError(
             f"the request may need {cached} tokens of KV cache ({prompt} of prompt), the whole "
-            f"cache holds {capacity * limits.block_size}",
+            f"cache holds {capacity}",
             cached,
-            capacity * limits.block_size,
+            capacity,
         )
     if len(state.by_id) >= limits.max_seqs + limits.max_queue:
         raise QueueFullError(limits.max_seqs + limits.max_queue)
-    seq = Sequence(request, state.arrivals, max_length)
+    seq = Sequence(request, state.arrivals, max_length, limits.groups)
     state.arrivals += 1
     state.by_id[request.id] = seq
     _insert_from_back(state.waiting, seq)
     return seq
 
 
+def slide(state: State, limits: Limits) -> None:
+    """Give back what has left the windows. To be called before ``plan``: a block that is taken by
+    the next step may still be read by the one under way, which the device finishes first."""
+    if not any(limits.windows):
+        return
+    for seq in state.running:
+        for group, window in enumerate(limits.windows):
+            # the next token to be computed is also the first that is still to look back
+            first = (seq.computed - window + 1) // limits.block_size if window else 0
+            slid = seq.slid[group]
+            if first > slid:
+                table = seq.blocks[group]
+                state.pool.free(table[slid:first])
+                table[slid:first] = [-1] * (first - slid)
+                seq.slid[group] = first
+
+
 def plan(state: State, limits: Limits) -> Plan:
     """Decide the next step; changes nothing. The plan is empty only when the state is idle or all
     that is left to do is to book tokens in flight."""
     running = state.running
-    block_size = limits.block_size
+    block_size, groups = limits.block_size, limits.groups
+    sliding = any(limits.windows)
     free = state.pool.free_blocks
     # Decodes go first in the budget; the prefills share the rest. Were a running sequence to
     # prefill, fewer than max_seqs decode, so there is a rest.
@@ -178,17 +209,20 @@ def plan(state: State, limits: Limits) -> Plan:
         length = 1 if remaining == 1 else min(remaining, budget)
         if length == 0:
             continue
-        room = len(seq.blocks) * block_size - start  # tokens, without a new block
+        room = len(seq.blocks[0]) * block_size - start  # tokens, without a new block
         new_blocks = 0
         if length > room:
-            while room == 0 and free == 0 and keep > i:
+            while room == 0 and free < groups and keep > i:
                 keep -= 1
-                free += len(running[keep].blocks)
-            length = min(length, room + free * block_size)
+                free += running[keep].held
+            usable = free // groups
+            if sliding:  # leave the rest their next ones
+                usable = max(usable - (keep - i), min(usable, 1))
+            length = min(length, room + usable * block_size)
             if length == 0:
                 continue
             new_blocks = blocks_for(length - room, block_size)
-            free -= new_blocks
+            free -= new_blocks * groups
         chunk = Chunk(seq, start, length, length == remaining, new_blocks)
         if remaining == 1:
             decodes.append(chunk)
@@ -213,18 +247,19 @@ def _admissions(state: State, limits: Limits, free: int, budget: int) -> list[Ch
     finds no block for its middle would lose all of it to the next preemption.
     """
     starts: list[Chunk] = []
-    running = len(state.running)
+    running, block_size, groups = len(state.running), limits.block_size, limits.groups
     for seq in state.waiting:
-        needed = blocks_for(len(seq.tokens), limits.block_size)
-        if running >= limits.max_seqs or budget == 0 or needed + running > free or seq.in_flight:
+        needed = blocks_needed(len(seq.tokens), block_size, limits.windows)
+        spare = free - running * groups
+        if running >= limits.max_seqs or budget == 0 or needed > spare or seq.in_flight:
             break
-        length = min(len(seq.tokens), budget)
-        new_blocks = blocks_for(length, limits.block_size)
+        length = min(len(seq.tokens), budget, spare // groups * block_size)
+        new_blocks = blocks_for(length, block_size)
         chunk = Chunk(seq, 0, length, length == len(seq.tokens), new_blocks)
         starts.append(chunk)
         running += 1
         budget -= length
-        free -= new_blocks
+        free -= new_blocks * groups
     return starts
 
 
@@ -233,8 +268,7 @@ def apply(state: State, plan: Plan) -> None:
     for seq in plan.preempted:
         assert state.running[-1] is seq, f"{seq} is not the last running sequence"
         state.running.pop()
-        state.pool.free(seq.blocks)
-        seq.blocks = []
+        _free_all(state, seq)
         seq.computed = 0
         seq.preemptions += 1
         _insert_from_front(state.waiting, seq)
@@ -246,7 +280,8 @@ def apply(state: State, plan: Plan) -> None:
         insort(state.running, state.waiting.popleft(), key=_order)
     for chunk in plan.chunks:
         if chunk.new_blocks:
-            chunk.seq.blocks += state.pool.allocate(chunk.new_blocks)
+            for table in chunk.seq.blocks:
+                table += state.pool.allocate(chunk.new_blocks)
         chunk.seq.computed = chunk.end
         chunk.seq.in_flight += chunk.samples
 
@@ -275,10 +310,9 @@ def finish(state: State, seq: Sequence, reason: str) -> None:
     """
     assert state.by_id.pop(seq.request.id, None) is seq, f"{seq} is not alive"
     seq.finish_reason = reason
-    if seq.blocks:  # exactly the running ones hold blocks
+    if seq.blocks[0]:  # exactly the running ones have blocks
         state.running.remove(seq)
-        state.pool.free(seq.blocks)
-        seq.blocks = []
+        _free_all(state, seq)
         state.admitting = True
     else:
         state.waiting.remove(seq)
@@ -290,6 +324,13 @@ def abort(state: State, request_id: int) -> Sequence | None:
     if seq is not None:
         finish(state, seq, "abort")
     return seq
+
+
+def _free_all(state: State, seq: Sequence) -> None:
+    for table, slid in zip(seq.blocks, seq.slid, strict=True):
+        state.pool.free(table[slid:])
+        table.clear()
+    seq.slid = [0] * len(seq.blocks)
 
 
 def _order(seq: Sequence) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from squall.loaders.pypi import demo_model
 from squall.models.batch import KVCache
 from squall.models.config import DecoderConfig
 from squall.models.decoder import Decoder
+from squall.models.kv_layout import KVLayout, kv_layout
 from squall.runtime.attention import choose_attention
 from squall.runtime.client import ProcessEngine, ThreadEngine
 from squall.runtime.engine import Engine, probe_batch
@@ -121,7 +122,7 @@ def _build(
     device = resolve_device(options.device)
     config = checkpoint.config()
     dtype = model_dtype(options.dtype, device, checkpoint)
-    check_length(options, config.max_position)
+    check_length(options, config.longest_position)
     choose_attention(config, dtype, device, options)  # tells a wrong choice before loading
     longest = options.max_seq_len or config.max_position
     model = checkpoint.decoder(device, dtype, longest, progress)
@@ -134,7 +135,7 @@ def _build(
         dtype=next(name for name, value in DTYPES.items() if value == dtype),
         vocab_size=config.vocab_size,
         max_model_len=plan.max_seq_len,
-        kv_tokens=plan.blocks * options.pa_blk_size,
+        kv_tokens=plan.blocks // engine.limits.groups * options.pa_blk_size,
         max_seqs=options.max_seqs,
         max_queue=options.max_queue,
         weight_bytes=facts.weights,
@@ -156,27 +157,32 @@ def start_engine(
     if attend is not None:
         model.use_attention(attend)
     facts = _measure(model, options)
-    token_bytes = config.kv_bytes_per_token(model.dtype.itemsize)
-    plan = plan_kv(options, facts, token_bytes, config.max_position)
-    cache = _cache(model, plan.blocks, options.pa_blk_size)
-    engine = Engine(model, cache, _limits(options, plan, facts))
+    check_length(options, config.longest_position)
+    longest = options.max_seq_len or config.max_position
+    layout = kv_layout(config, longest)
+    block_bytes = layout.block_bytes(config, model.dtype.itemsize, options.pa_blk_size)
+    plan = plan_kv(options, facts, block_bytes, longest, layout.windows)
+    cache = _cache(model, layout.group_layers, plan.blocks, options.pa_blk_size)
+    cache = cache.shared(layout.groups, layout.places)
+    engine = Engine(model, cache, _limits(options, plan, facts, layout))
     if model.device.type == "cuda" and not options.enforce_eager:
         engine.runner.capture(progress)
     return engine, plan, facts
 
 
-def _limits(options: EngineOptions, plan: KVPlan, facts: MemoryFacts) -> Limits:
+def _limits(options: EngineOptions, plan: KVPlan, facts: MemoryFacts, layout: KVLayout) -> Limits:
     return Limits(
         max_seqs=options.max_seqs,
         token_budget=token_budget(options, facts.total, facts.lazy),
         block_size=options.pa_blk_size,
         max_queue=options.max_queue,
         max_seq_len=plan.max_seq_len,
+        windows=layout.windows,
     )
 
 
-def _cache(model: Decoder, blocks: int, block_size: int) -> KVCache:
-    layers, shape = model.config.num_layers, model.config.kv_shape
+def _cache(model: Decoder, layers: int, blocks: int, block_size: int) -> KVCache:
+    shape = model.config.kv_shape
     return KVCache.allocate(layers, blocks, block_size, shape, model.dtype, model.device)
 
 
@@ -201,7 +207,8 @@ def _measure(model: Decoder, options: EngineOptions) -> MemoryFacts:
 def _probe_activations(model: Decoder, tokens: int, options: EngineOptions) -> int:
     """Run the largest legal step, every sampling feature on, and read the allocator's peak."""
     module = torch.cuda if model.device.type == "cuda" else torch.xpu
-    cache = _cache(model, -(-tokens // options.pa_blk_size), options.pa_blk_size)
+    blocks = -(-tokens // options.pa_blk_size)
+    cache = _cache(model, model.config.num_layers, blocks, options.pa_blk_size)
     before = module.memory_allocated(model.device)
     module.reset_peak_memory_stats(model.device)
     batch = probe_batch(model, tokens, options.max_seqs, options.pa_blk_size)
@@ -224,7 +231,11 @@ def _estimate_activations(config: DecoderConfig, tokens: int, seqs: int, itemsiz
     """The largest step's live tensors: residual stream and the widest layer's, and the logits
     with the sampler's copies (float32)."""
     widest = 4 * config.hidden_size + max(config.attention_width, 3 * config.intermediate_size)
-    return tokens * widest * itemsize + 3 * seqs * config.vocab_size * 4
+    floats = 3 * seqs * config.vocab_size
+    if config.altup:  # its streams before, predicted and after; and each token's inputs
+        inputs = config.num_layers * config.altup.input_size
+        floats += 3 * tokens * (config.altup.streams * config.hidden_size + inputs)
+    return tokens * widest * itemsize + 4 * floats
 
 
 def _template_file(options: EngineOptions) -> Path | None:

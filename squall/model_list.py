@@ -9,8 +9,12 @@ from rich.table import Table
 from squall.loaders.gguf_config import ARCHITECTURES as GGUF
 from squall.models.registry import ARCHITECTURES
 
-# In GGUF files Mistral is a Llama, and OLMo 3 an OLMo 2 with a window.
-_SHARED = {"MistralForCausalLM": "llama", "Olmo3ForCausalLM": "olmo2"}
+# In GGUF files Mistral and InternLM 3 are Llamas, OLMo 3 is an OLMo 2 with a window.
+_SHARED = {
+    "InternLM3ForCausalLM": "llama",
+    "MistralForCausalLM": "llama",
+    "Olmo3ForCausalLM": "olmo2",
+}
 _HEAD = ("family", "Hugging Face class", "GGUF architecture")
 
 
@@ -37,10 +41,11 @@ def markdown() -> str:
         "",
         "Made by `python tools/models_table.py`; `squall models` prints the same.",
         "",
-        "Safetensors in f32, f16 and bf16; GGUF in F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0",
-        "and Q2_K to Q6_K. The logits of every row are compared with those of transformers, as a",
-        "whole, in chunks and token by token (`tests/e2e/test_golden_logits.py`; with `-m gpu` on",
-        "a GPU), and from GGUF files in F32 and Q8_0 (`tests/e2e/test_golden_gguf.py`).",
+        "Safetensors in f32, f16, bf16 and FP8 (e4m3 with scales by 128 x 128); GGUF in F32, F16,",
+        "BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K and MXFP4. The logits of every row are",
+        "compared with those of transformers, as a whole, in chunks and token by token",
+        "(`tests/e2e/test_golden_logits.py`; with `-m gpu` on a GPU), and from GGUF files in F32",
+        "and Q8_0 (`tests/e2e/test_golden_gguf.py`).",
         "",
         f"| {' | '.join(_HEAD)} |",
         "|---|---|---|",

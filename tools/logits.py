@@ -36,7 +36,7 @@ def sequence_logits(
     config = model.config
     blocks = -(-len(ids) // block_size)
     cache = KVCache.allocate(
-        config.num_layers,
+        config.num_caches,
         blocks,
         block_size,
         config.kv_shape,

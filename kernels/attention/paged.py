@@ -158,26 +158,31 @@ def build_batch(
 ) -> tuple[Any, ...]:
     """Arguments for sequences of random tokens; ``shape`` is (heads, kv heads, dim), ``limits``
     (window, softcap), ``options`` "fp8" (caches), "sinks" or both. Blocks are scattered, unused
-    slots and blocks hold NaN, unused table entries are -1, and q is a strided slice."""
+    slots and blocks hold NaN, table entries that are unused or before the window are -1 (on a CPU
+    there is NaN too), and q is a strided slice."""
     heads, kv_heads, dim = shape
     counts = [-(-context // block_size) for _, context in lengths]
     total, width = sum(counts), max(counts, default=0) + 2
     order = torch.randperm(total + 2, generator=torch.Generator().manual_seed(41))[:total]
     tables = torch.full((len(lengths), width), -1, dtype=torch.int32)
     kept = torch.float8_e4m3fn if "fp8" in options else dtype
-    caches = [
-        torch.full((total + 2, block_size, kv_heads, dim), float("nan")).to(kept) for _ in range(2)
-    ]
+    room = (total + 3, block_size, kv_heads, dim)
+    caches = [torch.full(room, float("nan")).to(kept)[1:] for _ in range(2)]
     used = 0
     cpu = torch.device("cpu")
-    for s, (_, context) in enumerate(lengths):
+    for s, (new, context) in enumerate(lengths):
         blocks = order[used : used + counts[s]]
         used += counts[s]
         tables[s, : counts[s]] = blocks.int()
         slots = torch.arange(context)
         for c, cache in enumerate(caches):
-            new = random((context, kv_heads, dim), dtype, cpu, 50 + 2 * s + c)
-            cache[blocks[slots // block_size], slots % block_size] = new.to(kept)
+            kv = random((context, kv_heads, dim), dtype, cpu, 50 + 2 * s + c)
+            cache[blocks[slots // block_size], slots % block_size] = kv.to(kept)
+        if limits[0]:
+            gone = max(0, context - new + 1 - limits[0]) // block_size
+            tables[s, :gone] = -1
+            for cache in caches:
+                cache[blocks[:gone]] = torch.full((), float("nan")).to(kept)
     queries = [n for n, _ in lengths]
     starts = torch.tensor([0, *queries]).cumsum(0).int()
     tokens = sum(queries)

@@ -4,19 +4,13 @@
 ``[T, D]``, its rows may be strided. Sums are float32, in the order of j.
 """
 
-import torch
 from torch import Tensor
 
-from squall.kernels.cases import BOTH, Case, random
 from squall.kernels.lang import tl, wait_for_inputs
 from squall.kernels.launch import kernel
-from squall.kernels.op import dependent_launch, op
+from squall.kernels.op import dependent_launch
 
 _BLOCK = 512
-
-
-def combine_experts_reference(y: Tensor, weights: Tensor, stream: Tensor) -> None:
-    stream += torch.einsum("tk,tkd->td", weights, y.float().view(*weights.shape, -1))
 
 
 @kernel
@@ -44,40 +38,13 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     tl.store(target, total, mask=inside)
 
 
-def combine_experts_launcher(y: Tensor, weights: Tensor, stream: Tensor) -> None:
+def combine(y: Tensor, weights: Tensor, stream: Tensor) -> None:
+    """Add to ``stream`` (see the module's docstring); T >= 1."""
     (tokens, dim), top_k = stream.shape, weights.shape[1]
     assert y.shape == (tokens * top_k, dim), f"y {y.shape}, stream {stream.shape}"
     assert y.is_contiguous() and weights.is_contiguous(), "rows must be dense"  # noqa: PT018
-    if tokens == 0:
-        return
     launch = dependent_launch(y.device)
     _combine_kernel[(tokens, -(-dim // _BLOCK))](
         y, weights, stream, stream.stride(0), dim, top_k, _BLOCK, bool(launch),
         num_warps=4, **launch,
     )  # fmt: skip
-
-
-def _fake(*_arguments: object) -> None:
-    return None
-
-
-combine_experts = op(
-    "combine_experts(Tensor y, Tensor weights, Tensor(a!) stream) -> ()",
-    combine_experts_reference,
-    combine_experts_launcher,
-    _fake,
-)
-
-
-def _case(tokens: int, top_k: int, dim: int) -> Case:
-    def build(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
-        y = random((tokens * top_k, dim), dtype, device, 91)
-        weights = random((tokens, top_k), torch.float32, device, 92)
-        return y, weights, random((tokens, dim + 4), torch.float32, device, 93)[:, 4:]
-
-    fns = combine_experts, combine_experts_reference, combine_experts_launcher
-    title = f"combine_experts-{tokens}x{top_k}x{dim}"
-    return Case(title, *fns, build, mutates=(2,), aot=BOTH * (top_k == 8))
-
-
-CASES = tuple(_case(*size) for size in ((1, 8, 2048), (0, 2, 16), (5, 3, 700), (70, 1, 33)))

@@ -1,16 +1,16 @@
-"""Products of tokens with their experts' dense weights.
+"""A layer's experts with dense weights:
 
-    expert_linear    y[i] = act(x[i // share] w[ids[i]]^T + bias[ids[i]])
+    stream[t] += sum over j of weights[t, j] * (down act(gate_up x[t]))     of expert ids[t, j]
 
-for every pair i of a token and one of its experts, token by token: ``ids`` is int32 ``[P]``, and
-``x [P / share, K]`` has a row for every token, or one for every pair (``share`` 1). ``w [E, N, K]``
-is f32, f16 or bf16, contiguous, x has its dtype, ``bias`` is ``[E, N]`` or None. ``activation`` is
-"none" (y is ``[P, N]``) or a gated one of :mod:`squall.kernels.activation` for experts of gate rows
-and then up rows (``[P, N / 2]``). y has the dtype of x.
+``gate_up [E, 2 I, D]`` (gate rows, then up rows) and ``down [E, D, I]`` are f32, f16 or bf16,
+contiguous, their biases ``[E, 2 I]`` and ``[E, D]`` or None. ``x [T, D]`` has their dtype, or is
+float32 and still to be normalised: with ``norm`` (float32 ``[D]``) and ``eps`` it stands for
+``x / sqrt(mean(x^2) + eps) * norm``. ``ids`` int32 and ``weights`` float32 ``[T, k]`` come from
+:mod:`squall.kernels.moe.route`; ``stream`` is float32 ``[T, D]``, its rows may be strided.
+``activation`` is a gated one of :mod:`squall.kernels.activation`.
 
-A GPU has two ways. With the pairs sorted into tiles (:mod:`squall.kernels.moe.sort`: ``order``,
-``experts``, ``rows`` and ``block``) tensor cores read every weight once; without, there is a GEMV
-for every pair, which is best for one token, whose experts are all different.
+On a GPU one token is a GEMV for each of its experts, which normalises x itself; more tokens are
+sorted by expert, and tensor cores read every weight once.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,133 +22,148 @@ from torch.nn import functional as F
 from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.cases import BF16, BOTH, Case, random
 from squall.kernels.linear_gemv import expert_gemv
-from squall.kernels.moe.grouped import grouped
-from squall.kernels.moe.sort import Tiles, sort_pairs
+from squall.kernels.linear_gemv import supports as gemv_supports
+from squall.kernels.moe.combine import combine
+from squall.kernels.moe.grouped import gather, scatter
+from squall.kernels.moe.sort import block_for, sort_pairs
 from squall.kernels.op import op
+from squall.kernels.rmsnorm import rms_norm
+
+Product = Callable[[Tensor, int], Tensor]  # of some rows with an expert's weight
 
 
-def by_expert(
-    x: Tensor, ids: Tensor, features: int, product: Callable[[Tensor, int], Tensor]
-) -> Tensor:
-    """``y [P, features]``, one chosen expert after the other: ``product(rows of x, expert)``."""
-    share = ids.numel() // max(1, x.shape[0])
-    y = x.new_empty(ids.numel(), features)
+def add_experts(
+    x: Tensor, ids: Tensor, weights: Tensor, up: Product, down: Product, stream: Tensor
+) -> None:
+    """The formula above, one chosen expert after the other; ``up`` includes the activation."""
     for expert in torch.unique(ids).tolist():
-        pairs = (ids == expert).nonzero().squeeze(1)
-        y[pairs] = product(x[pairs // share], expert)
-    return y
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        y = down(up(x[token], expert), expert)
+        stream.index_add_(0, token, y.float() * weights[token, slot, None])
 
 
-def expert_linear_reference(
+def dense_experts_reference(
     x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
     ids: Tensor,
-    order: Tensor | None,
-    experts: Tensor | None,
-    rows: Tensor | None,
-    block: int,
+    weights: Tensor,
     activation: str,
-) -> Tensor:
-    """``[P, F]``; the tiles say nothing that ``ids`` does not."""
+    stream: Tensor,
+) -> None:
+    def product(some: Tensor, w: Tensor, bias: Tensor | None, expert: int) -> Tensor:
+        return F.linear(some, w[expert], None if bias is None else bias[expert].to(w.dtype))
 
-    def product(some: Tensor, expert: int) -> Tensor:
-        own = None if bias is None else bias[expert].to(x.dtype)
-        return ACTIVATIONS[activation](F.linear(some, w[expert], own))
+    if norm is not None:
+        x = rms_norm(x, norm, eps, gate_up.dtype)
+    add_experts(
+        x,
+        ids,
+        weights,
+        lambda some, e: ACTIVATIONS[activation](product(some, gate_up, gate_up_bias, e)),
+        lambda some, e: product(some, down, down_bias, e),
+        stream,
+    )
 
-    return by_expert(x, ids, _features(w, activation), product)
 
-
-def _features(w: Tensor, activation: str) -> int:
-    return w.shape[1] // (1 if activation == "none" else 2)
-
-
-def expert_linear_launcher(
+def dense_experts_launcher(
     x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    gate_up: Tensor,
+    gate_up_bias: Tensor | None,
+    down: Tensor,
+    down_bias: Tensor | None,
     ids: Tensor,
-    order: Tensor | None,
-    experts: Tensor | None,
-    rows: Tensor | None,
-    block: int,
+    weights: Tensor,
     activation: str,
-) -> Tensor:
-    y = _fake(x, w, bias, ids, order, experts, rows, block, activation)
-    if y.shape[0] == 0:
-        return y
+    stream: Tensor,
+) -> None:
+    (tokens, top_k), (experts, dim, inner) = ids.shape, down.shape
+    if tokens == 0:
+        return
     x = x.contiguous()
-    if order is None or experts is None or rows is None:
-        expert_gemv(x, w, bias, ids, activation, y)
+    y = torch.empty((tokens * top_k, dim), dtype=down.dtype, device=x.device)
+    if tokens == 1 and gemv_supports(gate_up[0]) and gemv_supports(down[0]):
+        hidden = torch.empty((top_k, inner), dtype=down.dtype, device=x.device)
+        expert_gemv(x, gate_up, gate_up_bias, ids, activation, hidden, norm, eps)
+        expert_gemv(hidden, down, down_bias, ids, "none", y)
     else:
-        grouped(x, w, bias, Tiles(order, experts, rows, block), activation, y)
-    return y
+        if norm is not None:
+            x = rms_norm(x, norm, eps, gate_up.dtype)
+        tiles = sort_pairs(ids, experts, block_for(ids.numel(), experts))
+        hidden = gather(x, gate_up, gate_up_bias, tiles, top_k, activation)
+        scatter(hidden, down, down_bias, tiles, y)
+    combine(y, weights, stream)
 
 
-def _fake(
-    x: Tensor,
-    w: Tensor,
-    bias: Tensor | None,
-    ids: Tensor,
-    order: Tensor | None,
-    experts: Tensor | None,
-    rows: Tensor | None,
-    block: int,
-    activation: str,
-) -> Tensor:
-    return x.new_empty(ids.numel(), _features(w, activation))
+def _fake(*_arguments: object) -> None:
+    return None
 
 
-expert_linear = op(
-    "expert_linear(Tensor x, Tensor w, Tensor? bias, Tensor ids, Tensor? order, Tensor? experts,"
-    " Tensor? rows, int block, str activation) -> Tensor",
-    expert_linear_reference,
-    expert_linear_launcher,
+dense_experts = op(
+    "dense_experts(Tensor x, Tensor? norm, float eps, Tensor gate_up, Tensor? gate_up_bias,"
+    " Tensor down, Tensor? down_bias, Tensor ids, Tensor weights, str activation,"
+    " Tensor(a!) stream) -> ()",
+    dense_experts_reference,
+    dense_experts_launcher,
     _fake,
 )
 
 
-def random_pairs(
-    tokens: int, experts: int, top_k: int, block: int, device: torch.device
-) -> tuple[object, ...]:
-    """Different experts for every token: ``ids`` to ``block``, for tests. ``block`` 0: no tiles."""
+def random_routing(
+    tokens: int, experts: int, top_k: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Different experts for every token, and weights, for tests."""
     ids = random((tokens, experts), torch.float32, torch.device("cpu"), 81).topk(top_k).indices
-    flat = ids.int().flatten().to(device)
-    none = (None, None, None, 0)
-    return flat, *(sort_pairs(flat, experts, block) if block and tokens else none)
+    return ids.int().to(device), random((tokens, top_k), torch.float32, device, 82)
 
 
 def _case(
     size: tuple[int, int, int],
-    routing: tuple[int, int, int],
-    activation: str = "none",
-    bias: bool = False,
-    shared: bool = True,
+    routing: tuple[int, int],
+    activation: str = "silu",
+    options: str = "",
     aot: tuple[torch.dtype, ...] = (),
 ) -> Case:
-    """``size`` is tokens, N, K; ``routing`` is experts, experts a token, places of a tile."""
-    (tokens, n, k), (experts, top_k, block) = size, routing
+    """``size`` is tokens, D, I; ``routing`` is experts, experts a token; ``options``: "norm",
+    "bias"."""
+    (tokens, dim, inner), (experts, top_k) = size, routing
 
     def build(dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
-        x = random((tokens * (1 if shared else top_k), k), dtype, device, 83)
-        w = (random((experts, n, k), torch.float32, device, 84) / k**0.5).to(dtype)
-        vector = random((experts, n), dtype, device, 85) if bias else None
-        return x, w, vector, *random_pairs(tokens, experts, top_k, block, device), activation
+        normed = "norm" in options
+        x = random((tokens, dim), torch.float32 if normed else dtype, device, 83)
+        norm = random((dim,), torch.float32, device, 89) if normed else None
+        up = (random((experts, 2 * inner, dim), torch.float32, device, 84) / dim**0.5).to(dtype)
+        down = (random((experts, dim, inner), torch.float32, device, 85) / inner**0.5).to(dtype)
+        biases: list[Tensor | None] = [None, None]
+        if "bias" in options:
+            biases = [random((experts, n), dtype, device, 86) for n in (2 * inner, dim)]
+        stream = random((tokens, dim + 4), torch.float32, device, 87)[:, 4:]
+        routed = random_routing(tokens, experts, top_k, device)
+        return x, norm, 1e-5, up, biases[0], down, biases[1], *routed, activation, stream
 
-    title = f"expert_linear-{activation}-{'x'.join(map(str, (*size, *routing)))}{'-bias' * bias}"
-    fns = expert_linear, expert_linear_reference, expert_linear_launcher
-    return Case(title, *fns, build, aot=aot)
+    title = f"dense_experts-{activation}-{'x'.join(map(str, (*size, *routing)))}"
+    fns = dense_experts, dense_experts_reference, dense_experts_launcher
+    name = f"{title}{'-' * bool(options)}{options}"
+    return Case(name, *fns, build, mutates=(10,), aot=aot)
 
 
 def _cases() -> Iterator[Case]:
-    yield _case((0, 64, 32), (4, 2, 8))
-    yield _case((9, 128, 256), (32, 4, 8), "silu", aot=BOTH)
-    yield _case((9, 72, 256), (32, 4, 16), shared=False, bias=True, aot=BF16)
-    yield _case((6, 80, 72), (5, 2, 8), "clamped_silu", bias=True)
-    yield _case((33, 46, 45), (4, 2, 32), "gelu_tanh")
-    yield _case((33, 23, 45), (4, 2, 32), shared=False)
-    yield _case((90, 192, 128), (3, 1, 64), "silu", aot=BF16)
-    yield _case((140, 48, 72), (2, 2, 128), aot=BF16)
+    yield _case((1, 256, 64), (8, 3), options="norm", aot=BF16)
+    yield _case((1, 264, 72), (4, 4), "clamped_silu", "bias", aot=BF16)
+    yield _case((1, 33, 7), (4, 2))
+    yield _case((0, 64, 32), (4, 2))
+    yield _case((9, 256, 64), (32, 4), options="norm", aot=BOTH)
+    yield _case((6, 72, 40), (5, 2), "clamped_silu", "norm-bias")
+    yield _case((33, 45, 23), (4, 2), "gelu_tanh")
+    yield _case((70, 128, 96), (3, 1), aot=BF16)
+    yield _case((90, 64, 48), (2, 2), aot=BF16)
+    yield _case((700, 32, 16), (2, 2))
 
 
 CASES = tuple(_cases())

@@ -5,8 +5,8 @@ expert. An expert's pairs fill as many tiles of ``block`` places as they need, i
 result depends on it). How many tiles there are is known on the device only: all arrays have room
 for the most there can be, and tiles past the last have no rows.
 
-A few thousand pairs are sorted by one program, in one launch; more by as many as there are chunks,
-with a launch to count and one to place.
+Some pairs are sorted by one program, in one launch; more by as many as there are chunks, with a
+launch to count and one to place.
 """
 
 from typing import NamedTuple
@@ -18,9 +18,8 @@ from squall.kernels.lang import next_power_of_2, tl, triton, wait_for_inputs
 from squall.kernels.launch import kernel
 from squall.kernels.op import dependent_launch
 
-_CHUNK = 1024  # pairs a program counts or places at a time
-_TILES = 32  # tiles described at a time
-_ALONE = 4096  # pairs that one program sorts
+_ALONE = 1024  # pairs that a program sorts
+_TILES = 256  # tiles declared empty at a time
 
 
 class Tiles(NamedTuple):
@@ -38,50 +37,36 @@ class Tiles(NamedTuple):
 
 
 @triton.jit
-def _count(ids_ptr, ranks_ptr, counts_ptr, first, pairs, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _count(expert, counts_ptr, inside):  # type: ignore[no-untyped-def]
     """Each pair's number among those of its expert."""
-    i = first + tl.arange(0, CHUNK)
-    expert = tl.load(ids_ptr + i, mask=i < pairs, other=0)
-    rank = tl.atomic_add(counts_ptr + expert, 1, mask=i < pairs, sem="relaxed")
-    tl.store(ranks_ptr + i, rank, mask=i < pairs)
+    return tl.atomic_add(counts_ptr + expert, 1, mask=inside, sem="relaxed")
 
 
 @triton.jit
 def _first_tiles(counts_ptr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Pairs of every expert, and its first tile, int32 ``[BLOCK_E]``."""
     e = tl.arange(0, BLOCK_E)
-    counts = tl.load(counts_ptr + e, mask=e < E, other=0)
+    counts = tl.load(counts_ptr + e, mask=e < E, other=0, cache_modifier=".cg")
     tiles = (counts + BLOCK - 1) // BLOCK
     return counts, tl.cumsum(tiles, axis=0) - tiles
 
 
 @triton.jit
-def _place(  # type: ignore[no-untyped-def]
-    ids_ptr, ranks_ptr, order_ptr, starts, first, pairs, BLOCK: tl.constexpr, CHUNK: tl.constexpr
-):
-    """Write a chunk of pairs to their places."""
-    i = first + tl.arange(0, CHUNK)
-    expert = tl.load(ids_ptr + i, mask=i < pairs, other=0)
-    place = tl.gather(starts, expert, 0) * BLOCK + tl.load(ranks_ptr + i, mask=i < pairs, other=0)
-    tl.store(order_ptr + place, i, mask=i < pairs)
-
-
-@triton.jit
 def _describe(  # type: ignore[no-untyped-def]
-    experts_ptr, rows_ptr, counts, starts, first, tiles,
-    E: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    experts_ptr, rows_ptr, counts, starts, tiles, E: tl.constexpr, BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
-    """Expert and rows of a few tiles."""
-    t = first + tl.arange(0, TILES)
-    begun = (starts[None, :] <= t[:, None]) & (counts[None, :] > 0)
-    index = tl.arange(0, starts.shape[0])
-    expert = tl.max(tl.where(begun, index[None, :], 0), axis=1)
-    own = index[None, :] == expert[:, None]
-    count = tl.sum(tl.where(own, counts[None, :], 0), axis=1)
-    start = tl.sum(tl.where(own, starts[None, :], 0), axis=1)
-    rows = tl.minimum(tl.maximum(count - (t - start) * BLOCK, 0), BLOCK)
-    tl.store(experts_ptr + t, expert, mask=t < tiles)
-    tl.store(rows_ptr + t, rows, mask=t < tiles)
+    """Expert and rows of every tile."""
+    e = tl.arange(0, starts.shape[0])
+    own = (counts + BLOCK - 1) // BLOCK
+    for i in range(0, tl.max(own, axis=0)):
+        rows = tl.minimum(counts - i * BLOCK, BLOCK)
+        tl.store(experts_ptr + starts + i, e, mask=i < own)
+        tl.store(rows_ptr + starts + i, rows, mask=i < own)
+    used = tl.sum(own, axis=0)
+    for first in range(0, tiles, TILES):
+        t = first + tl.arange(0, TILES)
+        tl.store(rows_ptr + t, tl.zeros([TILES], tl.int32), mask=(t >= used) & (t < tiles))
 
 
 @kernel(do_not_specialize=["pairs", "tiles"])
@@ -102,30 +87,38 @@ def _sort_kernel(  # type: ignore[no-untyped-def]
     TILES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid (programs,), of which each takes every so-many-th chunk. ``counts_ptr`` int32 [E] is
-    zero before "count"; STEP "all" is for one program, which sets it to zero itself."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    wait_for_inputs(PDL)
+    """Grid (chunks,). ``counts_ptr`` int32 [E] is zero before STEP "count"; STEP "all" is for one
+    chunk, and sets it to zero itself."""
     if STEP == "all":
         e = tl.arange(0, BLOCK_E)
+        wait_for_inputs(PDL)
         tl.store(counts_ptr + e, tl.zeros([BLOCK_E], tl.int32), mask=e < E)
-        tl.debug_barrier()
-    if STEP != "place":
-        for chunk in range(program, tl.cdiv(pairs, CHUNK), programs):
-            _count(ids_ptr, ranks_ptr, counts_ptr, chunk * CHUNK, pairs, CHUNK)
+    else:
+        wait_for_inputs(PDL)
+    i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    inside = i < pairs
+    expert = tl.load(ids_ptr + i, mask=inside, other=0)
     if STEP == "all":
         tl.debug_barrier()
-    if STEP != "count":
+    if STEP != "place":
+        rank = _count(expert, counts_ptr, inside)
+    if STEP == "count":
+        tl.store(ranks_ptr + i, rank, mask=inside)
+    else:
+        if STEP == "all":
+            tl.debug_barrier()
+        else:
+            rank = tl.load(ranks_ptr + i, mask=inside, other=0)
         counts, starts = _first_tiles(counts_ptr, E, BLOCK_E, BLOCK)
-        for chunk in range(program, tl.cdiv(pairs, CHUNK), programs):
-            _place(ids_ptr, ranks_ptr, order_ptr, starts, chunk * CHUNK, pairs, BLOCK, CHUNK)
-        for chunk in range(program, tl.cdiv(tiles, TILES), programs):
-            _describe(experts_ptr, rows_ptr, counts, starts, chunk * TILES, tiles, E, BLOCK, TILES)
+        place = tl.gather(starts, expert, 0) * BLOCK + rank
+        tl.store(order_ptr + place, i, mask=inside)
+        if tl.program_id(0) == 0:
+            _describe(experts_ptr, rows_ptr, counts, starts, tiles, E, BLOCK, TILES)
 
 
 def block_for(pairs: int, experts: int) -> int:
-    """Places of a tile: twice what an expert gets when all get the same, 8 to 128."""
-    return min(128, max(8, next_power_of_2(-(-2 * pairs // experts))))
+    """Places of a tile: twice what an expert gets when all get the same, 16 to 128."""
+    return min(128, max(16, next_power_of_2(-(-2 * pairs // experts))))
 
 
 def sort_pairs(ids: Tensor, experts: int, block: int) -> Tiles:
@@ -139,10 +132,9 @@ def sort_pairs(ids: Tensor, experts: int, block: int) -> Tiles:
     alone = pairs <= _ALONE
     counts = (torch.empty if alone else torch.zeros)(experts, dtype=torch.int32, device=device)
     launch = dependent_launch(device)
-    programs = 1 if alone else -(-pairs // _CHUNK)
-    chunk = max(32, next_power_of_2(min(pairs, _CHUNK)))
+    chunk = max(32, next_power_of_2(min(pairs, _ALONE)))
     for step in ("all",) if alone else ("count", "place"):
-        _sort_kernel[(programs,)](
+        _sort_kernel[(-(-pairs // chunk),)](
             ids, ranks, counts, order, *described, pairs, tiles, step, experts,
             next_power_of_2(experts), block, chunk, _TILES, bool(launch), num_warps=4, **launch,
         )  # fmt: skip

@@ -12,10 +12,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "cpu_math.h"
+#include "cpu_attention.h"
 #include "team.h"
-
-#define INLINE static inline __attribute__((always_inline))
 
 typedef void (*Range)(const void *args, int64_t begin, int64_t end);
 
@@ -200,152 +198,7 @@ void squall_rope_store(TeamRun team, int threads, const float *qkv, const float 
     run(team, threads, tokens, 1 + 16384 / (heads * dim), rope_store_tokens, &args);
 }
 
-/* ---- Decode attention: one query token a sequence over its cache blocks ----------------------- */
-
-typedef struct {
-    const float *q, *k_cache, *v_cache, *sinks;
-    const int32_t *tables, *contexts;
-    float *out, *scores;
-    int64_t heads, kv_heads, dim, block_size, table_stride, token_stride, head_stride, room;
-    int64_t window;
-    float scale, softcap;
-} Decode;
-
-#define WIDE 8 /* floats the compiler keeps in one vector register, or in two */
-typedef float Vec __attribute__((vector_size(4 * WIDE)));
-
-INLINE Vec load(const float *p)
-{
-    Vec v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
-INLINE float total(Vec v)
-{
-    return (v[0] + v[4]) + (v[1] + v[5]) + ((v[2] + v[6]) + (v[3] + v[7]));
-}
-
-/* Rows of a cache that follow each other: of one block, for one kv head. */
-typedef struct {
-    const float *row;
-    int64_t count;
-} Span;
-
-/* The rows from `at` on, up to the end of their block or to `end`. */
-INLINE Span span_at(const Decode *a, const float *cache, const int32_t *table, int64_t kv,
-                    int64_t at, int64_t end)
-{
-    const int64_t size = a->block_size, block = at / size, offset = at - block * size;
-    const int64_t count = size - offset < end - at ? size - offset : end - at;
-    const int64_t row = (int64_t)table[block] * size + offset;
-    return (Span){cache + (row * a->kv_heads + kv) * a->dim, count};
-}
-
-/* scores[j] = scale * q . key first + j. `dim` is a constant where inlined. */
-INLINE void score_keys(const Decode *a, const int32_t *table, const float *q, int64_t kv,
-                       int64_t first, int64_t end, float *scores, int64_t dim)
-{
-    for (int64_t at = first; at < end;) {
-        Span span = span_at(a, a->k_cache, table, kv, at, end);
-        const float *key = span.row;
-        at += span.count;
-        for (int64_t j = 0; j < span.count; j++, key += a->kv_heads * dim) {
-            Vec low = {0}, high = {0};
-            int64_t i = 0;
-            for (; i + 2 * WIDE <= dim; i += 2 * WIDE) {
-                low += load(q + i) * load(key + i);
-                high += load(q + i + WIDE) * load(key + i + WIDE);
-            }
-            float score = total(low + high);
-            for (; i < dim; i++)
-                score += q[i] * key[i];
-            *scores++ = score * a->scale;
-        }
-    }
-}
-
-/* out = sum over j of weights[j] * value first + j, 64 elements at a time in registers. */
-INLINE void mix_values(const Decode *a, const int32_t *table, const float *weights, int64_t kv,
-                       int64_t first, int64_t end, float *out, int64_t dim)
-{
-    int64_t i = 0;
-    for (; i + 8 * WIDE <= dim; i += 8 * WIDE) {
-        Vec sum[8] = {{0}};
-        const float *weight = weights;
-        for (int64_t at = first; at < end;) {
-            Span span = span_at(a, a->v_cache, table, kv, at, end);
-            const float *value = span.row + i;
-            at += span.count;
-            for (int64_t j = 0; j < span.count; j++, value += a->kv_heads * dim, weight++) {
-#pragma GCC unroll 8
-                for (int n = 0; n < 8; n++)
-                    sum[n] += *weight * load(value + n * WIDE);
-            }
-        }
-        memcpy(out + i, sum, sizeof sum);
-    }
-    for (; i < dim; i++) {
-        float sum = 0.0f;
-        const float *weight = weights;
-        for (int64_t at = first; at < end;) {
-            Span span = span_at(a, a->v_cache, table, kv, at, end);
-            at += span.count;
-            for (int64_t j = 0; j < span.count; j++)
-                sum += *weight++ * span.row[j * a->kv_heads * dim + i];
-        }
-        out[i] = sum;
-    }
-}
-
-/* Softmax of row[count] and, where given, of one more score that is no key's. */
-static void softmax(float *row, int64_t count, float softcap, const float *sink)
-{
-    float top = sink ? *sink : -INFINITY, sum = 0.0f;
-    for (int64_t j = 0; j < count; j++) {
-        if (softcap > 0.0f)
-            row[j] = softcap * tanhf(row[j] / softcap);
-        top = row[j] > top ? row[j] : top;
-    }
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < count; j++) {
-        row[j] = exp_fast(row[j] - top);
-        sum += row[j];
-    }
-    if (sink)
-        sum += exp_fast(*sink - top);
-    const float share = 1.0f / sum;
-#pragma omp simd
-    for (int64_t j = 0; j < count; j++)
-        row[j] *= share;
-}
-
-/* One query head of one sequence: scores, softmax, weighted values. */
-INLINE void decode_head(const Decode *a, int64_t s, int64_t head, float *scores, int64_t dim)
-{
-    const int64_t kv = head / (a->heads / a->kv_heads), context = a->contexts[s];
-    const int64_t first = a->window && context > a->window ? context - a->window : 0;
-    const int32_t *table = a->tables + s * a->table_stride;
-    const float *q = a->q + s * a->token_stride + head * a->head_stride;
-    score_keys(a, table, q, kv, first, context, scores, dim);
-    softmax(scores, context - first, a->softcap, a->sinks ? a->sinks + head : NULL);
-    mix_values(a, table, scores, kv, first, context, a->out + (s * a->heads + head) * dim, dim);
-}
-
-static void decode_heads(const void *data, int64_t begin, int64_t end)
-{
-    const Decode *a = data;
-    for (int64_t i = begin; i < end; i++) { /* each (sequence, head) has its own scores */
-        float *scores = a->scores + i * a->room;
-        const int64_t s = i / a->heads, head = i % a->heads;
-        switch (a->dim) { /* the common sizes with their loops unrolled */
-        case 64: decode_head(a, s, head, scores, 64); break;
-        case 128: decode_head(a, s, head, scores, 128); break;
-        case 256: decode_head(a, s, head, scores, 256); break;
-        default: decode_head(a, s, head, scores, a->dim);
-        }
-    }
-}
+/* ---- Decode attention (cpu_attention.h) -------------------------------------------------------- */
 
 /* q [seqs, heads, dim] by its strides; caches [blocks, block_size, kv_heads, dim] dense; tables
  * int32 [seqs, *], contexts int32 [seqs]; sinks [heads] or null; out dense. `longest` bounds the
@@ -360,11 +213,13 @@ int squall_decode_attention(TeamRun team, int threads, const float *q, const flo
     float *scores = malloc((size_t)(seqs * heads * longest) * sizeof(float));
     if (!scores)
         return 1;
+    /* Few kv heads would leave threads without work: then every query head is done alone. */
+    const int64_t share = seqs * kv_heads >= 4 * threads ? heads / kv_heads : 1;
     Decode args = {q, k_cache, v_cache, sinks, tables, contexts, out, scores, heads, kv_heads, dim,
-                   block_size, table_stride, token_stride, head_stride, longest, window, scale,
-                   softcap};
-    int64_t work = 2 * dim * longest; /* multiplications of a head */
-    run(team, threads, seqs * heads, 1 + 65536 / work, decode_heads, &args);
+                   block_size, table_stride, token_stride, head_stride, longest, window, share,
+                   scale, softcap};
+    int64_t work = 2 * dim * longest * share; /* multiplications of a share */
+    run(team, threads, seqs * heads / share, 1 + 65536 / work, decode_shares, &args);
     free(scores);
     return 0;
 }

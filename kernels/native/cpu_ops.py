@@ -20,7 +20,9 @@ from squall.kernels.op import override
 from squall.kernels.rmsnorm import rms_norm_add_reference, rms_norm_reference
 
 _FOLDER = Path(__file__).parent
-_SOURCES = tuple(_FOLDER / name for name in ("cpu_ops.c", "cpu_math.h", "team.h"))
+_SOURCES = tuple(
+    _FOLDER / name for name in ("cpu_ops.c", "cpu_attention.h", "cpu_math.h", "team.h")
+)
 _FLAGS = ("-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 _ADDRESS, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _threads = torch.get_num_threads

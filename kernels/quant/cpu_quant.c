@@ -27,8 +27,9 @@
 #include "cpu_quant_rows.h"
 
 #define PANEL (NV * LANES)  /* weight rows in a panel */
-#define CHUNK 512           /* weights of a row unpacked at a time: a multiple of every block */
-#define TILE 4              /* activation rows multiplied together */
+#define CHUNK 256           /* weights of a row unpacked at a time: a multiple of every block */
+#define TILE (LANES / 2)    /* activation rows multiplied together: TILE * NV sums in registers */
+#define MOST_BYTES 272      /* of CHUNK weights in any format: Q8_0's */
 #define BLOCK_M 128         /* activation rows that share one unpacking */
 #define SERIAL_X (1 << 15)  /* so many activations one thread rounds while the others wait */
 #define SERIAL_XW (1 << 16) /* and so many products it forms before the others would be awake */
@@ -44,13 +45,14 @@
     X(q3_k, 11, 256, 110, 16, 0) \
     X(q4_k, 12, 256, 144, 32, 1) \
     X(q5_k, 13, 256, 176, 32, 1) \
-    X(q6_k, 14, 256, 210, 16, 0)
+    X(q6_k, 14, 256, 210, 16, 0) \
+    X(mxfp4, 39, 32, 17, 32, 0)
 
 typedef struct Job Job;
 typedef struct {
     int type, elements, bytes, group, has_min;
-    void (*unpack)(const Bytes *, int, int64_t, V *, F *, F *);
-    void (*single)(const Job *, int64_t, F *);
+    void (*unpack)(Column, int, Bytes, V *, F *, F *);
+    void (*single)(const Job *, Column, int64_t, int, Bytes, F *);
 } Format;
 
 typedef enum { STORE = 0, SILU = 1, GELU_TANH = 2, ADD = 3 } Epilogue;
@@ -66,30 +68,26 @@ struct Job {
     Epilogue epilogue;
 };
 
-/* name_blocks(): `count` blocks of LANES rows, fetching those `ahead` bytes on into L2: so many
- * short runs at once are too much for the hardware's prefetcher. */
-#define DEFINE(name, code, elements, bytes, group, has_min)                      \
-    static void name##_blocks(const Bytes *rows, int count, int64_t ahead, V *q, \
-                              F *scale, F *min) {                                \
-        Bytes p[LANES];                                                          \
-        memcpy(p, rows, sizeof p);                                               \
-        for (int b = 0; b < count; b++) {                                        \
-            UNROLL for (int r = 0; r < LANES; r++)                               \
-                for (int at = 0; at < bytes; at += 64)                           \
-                    __builtin_prefetch(p[r] + ahead + at, 0, 2);                 \
-            name(p, q, scale, min);                                              \
-            UNROLL for (int r = 0; r < LANES; r++) p[r] += bytes;                \
-            q += elements / 2 * NV;                                              \
-            scale += elements / group * NV;                                      \
-            min += elements / group * NV;                                        \
-        }                                                                        \
+/* Fetch `bytes` bytes from p on into L2. */
+INLINE void fetch(Bytes p, int bytes) {
+    UNROLL
+    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(p + at, 0, 2);
+}
+
+/* name_blocks(): `count` blocks of LANES rows. On the way as many bytes are fetched from `next`
+ * on: the rows of the next panel, which lie behind each other where the hardware's prefetcher sees
+ * many short runs at once. */
+#define DEFINE(name, code, elements, bytes, group, has_min)                        \
+    static void name##_blocks(Column c, int count, Bytes next, V *q, F *scale, F *min) { \
+        for (int b = 0; b < count; b++, c.p += bytes, next += LANES * bytes) {     \
+            fetch(next, LANES * bytes);                                            \
+            name(c, q, scale, min);                                                \
+            q += elements / 2 * NV;                                                \
+            scale += elements / group * NV;                                        \
+            min += elements / group * NV;                                          \
+        }                                                                          \
     }
 FORMATS(DEFINE)
-
-/* The row of w that row n of a panel stands for: rows past the last one repeat it. */
-INLINE Bytes row_of(const Job *j, int64_t n) {
-    return j->w + (n < j->N ? n : j->N - 1) * j->stride;
-}
 
 /* total + scale * xs * dot + min * sum for one group of one activation row. */
 INLINE F add_group(F total, const V *q, F scale, F min, const int16_t *x, float xs, float sum,
@@ -101,29 +99,24 @@ INLINE F add_group(F total, const V *q, F scale, F min, const int16_t *x, float 
     return has_min ? multiply_add(min, spread_float(sum), total) : total;
 }
 
-/* name_single(): the only activation row times rows n ... n + LANES - 1 of w. With one use, what
- * is unpacked stays in registers; the arithmetic is that of multiply_tile(). */
-#define DEFINE_SINGLE(name, code, elements, bytes, group, has_min)                       \
-    static void name##_single(const Job *j, int64_t n, F *y) {                           \
-        const int16_t *x = j->x.q;                                                       \
-        const float *xs = j->x.scales, *sums = j->x.sums;                                \
-        Bytes p[LANES];                                                                  \
-        F total = {0};                                                                   \
-        for (int r = 0; r < LANES; r++) p[r] = row_of(j, n + r);                         \
-        for (int64_t k = 0; k < j->x.K; k += elements) {                                 \
-            V q[elements / 2 * NV];                                                      \
-            F scale[elements / group * NV], min[elements / group * NV];                  \
-            UNROLL for (int r = 0; r < LANES; r++)                                       \
-                for (int at = 0; at < bytes; at += 64)                                   \
-                    __builtin_prefetch(p[r] + LANES * j->stride + at, 0, 2);             \
-            name(p, q, scale, min);                                                      \
-            UNROLL for (int r = 0; r < LANES; r++) p[r] += bytes;                        \
-            for (int g = 0; g < elements / group; g++, x += group)                       \
-                total = add_group(total, q + g * group / 2 * NV, scale[g * NV],          \
-                                  min[g * NV], x, xs[(k + g * group) / 32], *sums++,     \
-                                  group / 2, has_min);                                   \
-        }                                                                                \
-        *y = total;                                                                      \
+/* name_single(): *sum += `count` blocks of LANES rows, from k on, times the only activation row.
+ * With one use, what is unpacked stays in registers; the arithmetic is that of multiply_tile(). */
+#define DEFINE_SINGLE(name, code, elements, bytes, group, has_min)                         \
+    static void name##_single(const Job *j, Column c, int64_t k, int count, Bytes next,    \
+                              F *sum) {                                                    \
+        const int16_t *x = j->x.q + k;                                                     \
+        const float *xs = j->x.scales, *sums = j->x.sums + k / group;                      \
+        F total = *sum;                                                                    \
+        for (int b = 0; b < count; b++, c.p += bytes, next += LANES * bytes) {             \
+            V q[elements / 2 * NV];                                                        \
+            F scale[elements / group * NV], min[elements / group * NV];                    \
+            fetch(next, LANES * bytes);                                                    \
+            name(c, q, scale, min);                                                        \
+            for (int g = 0; g < elements / group; g++, x += group, k += group)             \
+                total = add_group(total, q + g * group / 2 * NV, scale[g * NV],            \
+                                  min[g * NV], x, xs[k / 32], *sums++, group / 2, has_min); \
+        }                                                                                  \
+        *sum = total;                                                                      \
     }
 FORMATS(DEFINE_SINGLE)
 
@@ -153,10 +146,7 @@ INLINE void multiply_tile(const Job *j, const Panel *w, int64_t m, int64_t k, in
     const float *xs = j->x.scales + m * (K / 32) + k / 32;
     const float *sums = j->x.sums + m * (K / group) + k / group;
     const V *q = w->q;
-    F total[TILE][NV];
-    UNROLL
-    for (int t = 0; t < tile; t++)
-        for (int v = 0; v < NV; v++) total[t][v] = sum[t * NV + v];
+    const int has_min = j->format->has_min;
     for (int g = 0; g < count / group; g++, x += group) {
         V dot[TILE][NV];
         UNROLL
@@ -173,23 +163,25 @@ INLINE void multiply_tile(const Job *j, const Panel *w, int64_t m, int64_t k, in
         for (int t = 0; t < tile; t++)
             for (int v = 0; v < NV; v++) {
                 F scale = w->scale[g * NV + v] * xs[t * (K / 32) + g * group / 32];
-                total[t][v] = multiply_add(to_float(dot[t][v]), scale, total[t][v]);
-                if (j->format->has_min) {
+                F total = multiply_add(to_float(dot[t][v]), scale, sum[t * NV + v]);
+                if (has_min) {
                     F x_sum = spread_float(sums[t * (K / group) + g]);
-                    total[t][v] = multiply_add(w->min[g * NV + v], x_sum, total[t][v]);
+                    total = multiply_add(w->min[g * NV + v], x_sum, total);
                 }
+                sum[t * NV + v] = total;
             }
     }
-    UNROLL
-    for (int t = 0; t < tile; t++)
-        for (int v = 0; v < NV; v++) sum[t * NV + v] = total[t][v];
 }
 
 #define DEFINE_TILES(group)                                                            \
     static void multiply_##group(const Job *j, const Panel *w, int64_t m, int64_t end, \
                                  int64_t k, int count, F *sum) {                       \
-        for (; m + 4 <= end; m += 4, sum += 4 * NV)                                    \
+        for (; m + TILE <= end; m += TILE, sum += TILE * NV)                           \
+            multiply_tile(j, w, m, k, count, TILE, group, sum);                        \
+        if (TILE > 4 && m + 4 <= end) {                                                \
             multiply_tile(j, w, m, k, count, 4, group, sum);                           \
+            m += 4, sum += 4 * NV;                                                     \
+        }                                                                              \
         if (end - m == 3) multiply_tile(j, w, m, k, count, 3, group, sum);             \
         if (end - m == 2) multiply_tile(j, w, m, k, count, 2, group, sum);             \
         if (end - m == 1) multiply_tile(j, w, m, k, count, 1, group, sum);             \
@@ -197,31 +189,46 @@ INLINE void multiply_tile(const Job *j, const Panel *w, int64_t m, int64_t k, in
 DEFINE_TILES(16)
 DEFINE_TILES(32)
 
+/* Blocks from k on of rows n ... n + LANES - 1 of w. Where w ends before, they are in `edge`, with
+ * zeros after the last row. */
+static Column column_at(const Job *j, int64_t n, int64_t k, int blocks, uint8_t *edge) {
+    const Format *f = j->format;
+    const int64_t bytes = blocks * f->bytes;
+    const Bytes from = j->w + n * j->stride + k / f->elements * f->bytes;
+    if (n + LANES <= j->N) return (Column){from, j->stride};
+    memset(edge, 0, LANES * bytes);
+    for (int64_t r = 0; r < j->N - n; r++) memcpy(edge + r * bytes, from + r * j->stride, bytes);
+    return (Column){edge, bytes};
+}
+
 /* sum[m - first][NV] = activation rows [first, end) times rows n ... n + PANEL - 1. */
 static void multiply_panel(const Job *j, int64_t n, int64_t first, int64_t end, F *sum) {
     const Format *f = j->format;
-    Bytes rows[PANEL];
-    if (j->x.M == 1) {
-        for (int v = 0; v < NV; v++) f->single(j, n + v * LANES, sum + v);
-        return;
-    }
+    uint8_t edge[LANES * MOST_BYTES];
     Panel panel;
     memset(sum, 0, (size_t)(end - first) * NV * sizeof *sum);
-    for (int r = 0; r < PANEL; r++) rows[r] = row_of(j, n + r);
-    for (int64_t k = 0; k < j->x.K; k += CHUNK) {
-        int count = j->x.K - k < CHUNK ? (int)(j->x.K - k) : CHUNK, blocks = count / f->elements;
-        for (int v = 0; v < NV; v++)
-            f->unpack(rows + v * LANES, blocks, PANEL * j->stride, panel.q + v, panel.scale + v,
-                      panel.min + v);
-        for (int r = 0; r < PANEL; r++) rows[r] += blocks * f->bytes;
-        (f->group == 16 ? multiply_16 : multiply_32)(j, &panel, first, end, k, count, sum);
+    const int64_t chunk = j->x.M == 1 && n + PANEL <= j->N ? j->x.K : CHUNK;
+    for (int64_t k = 0; k < j->x.K; k += chunk) {
+        const int count = (int)(j->x.K - k < chunk ? j->x.K - k : chunk);
+        const int blocks = count / f->elements;
+        for (int v = 0; v < NV; v++) {
+            Column c = column_at(j, n + v * LANES, k, blocks, edge);
+            Bytes next = j->w + (n + PANEL + v * LANES) * j->stride;
+            next += k / f->elements * f->bytes * LANES;
+            if (j->x.M == 1)
+                f->single(j, c, k, blocks, next, sum + v);
+            else
+                f->unpack(c, blocks, next, panel.q + v, panel.scale + v, panel.min + v);
+        }
+        if (j->x.M > 1)
+            (f->group == 16 ? multiply_16 : multiply_32)(j, &panel, first, end, k, count, sum);
     }
 }
 
 /* y[m, n:n+PANEL] from the products with those rows and, behind an activation, the `up` rows. */
 static void write_row(const Job *j, int64_t m, int64_t n, const float *sum, const float *up) {
     const int64_t count = j->columns - n < PANEL ? j->columns - n : PANEL, at = m * j->columns + n;
-    float y[PANEL];
+    float y[PANEL], *out = (float *)j->y + at;
     if (j->epilogue == SILU)
         for (int r = 0; r < PANEL; r++) y[r] = silu(sum[r]) * up[r];
     else if (j->epilogue == GELU_TANH)
@@ -229,7 +236,9 @@ static void write_row(const Job *j, int64_t m, int64_t n, const float *sum, cons
     else
         memcpy(y, sum, sizeof y);
     if (j->epilogue == ADD)
-        for (int r = 0; r < count; r++) ((float *)j->y)[at + r] += y[r];
+        for (int r = 0; r < count; r++) out[r] += y[r];
+    else if (j->type == F32)
+        memcpy(out, y, (size_t)count * sizeof *y);
     else
         for (int r = 0; r < count; r++) store_float(j->y, j->type, at + r, y[r]);
 }
@@ -314,11 +323,11 @@ static void dequantize_rows(const Format *f, const Bytes *rows, int count, int64
     const int groups = f->elements / f->group, steps = f->group / 2;
     V q[128 * NV];
     F scale[16 * NV], min[16 * NV];
-    Bytes p[LANES];
-    for (int r = 0; r < LANES; r++) p[r] = rows[r < count ? r : count - 1];
+    uint8_t blocks[LANES * MOST_BYTES] = {0};
     for (int64_t k = 0; k < K; k += f->elements) {
-        f->unpack(p, 1, 0, q, scale, min);
-        for (int r = 0; r < LANES; r++) p[r] += f->bytes;
+        for (int r = 0; r < count; r++)
+            memcpy(blocks + r * f->bytes, rows[r] + k / f->elements * f->bytes, f->bytes);
+        f->unpack((Column){blocks, f->bytes}, 1, blocks, q, scale, min);
         for (int g = 0; g < groups; g++)
             for (int r = 0; r < count; r++) {
                 float d = scale[g * NV][r], m = f->has_min ? min[g * NV][r] : -0.0f;

@@ -110,15 +110,20 @@ static void quantize_row(const Rows *rows, int64_t m) {
         }
         float amax = bits_float(max), inverse = amax > 0x1p-110f ? 32767.0f / amax : 0.0f;
         float scale = max < 0x7f800000 ? amax / 32767.0f : NAN;
-        int16_t r[32];
+        int32_t r[32];
         for (int i = 0; i < 32; i++) /* adding 1.5 * 2^23 rounds to the nearest integer */
             r[i] = (int16_t)(float_bits(v[i] * inverse + 0x1.8p23f) & 0xffff);
         for (int i = 0; i < 32; i += 4)
-            q[i] = r[i], q[i + 1] = r[i + 2], q[i + 2] = r[i + 1], q[i + 3] = r[i + 3];
-        int32_t low = 0, high = 0;
-        for (int i = 0; i < 16; i++) low += r[i], high += r[i + 16];
+            q[i] = (int16_t)r[i], q[i + 1] = (int16_t)r[i + 2], q[i + 2] = (int16_t)r[i + 1],
+            q[i + 3] = (int16_t)r[i + 3];
+        int32_t low = 0, all = 0;
+        for (int i = 0; i < 32; i++) all += r[i];
         rows->scales[m * (K / 32) + b] = scale;
-        if (rows->group == 16) *sums++ = scale * (float)low, *sums++ = scale * (float)high;
-        if (rows->group == 32) *sums++ = scale * (float)(low + high);
+        if (rows->group == 32) {
+            *sums++ = scale * (float)all;
+            continue;
+        }
+        for (int i = 0; i < 16; i++) low += r[i];
+        *sums++ = scale * (float)low, *sums++ = scale * (float)(all - low);
     }
 }

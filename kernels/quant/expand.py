@@ -20,6 +20,7 @@ from squall.kernels.lang import next_power_of_2, tl
 from squall.kernels.launch import kernel
 from squall.kernels.op import op
 from squall.kernels.quant.base import gguf_formats
+from squall.kernels.quant.mxfp4_bits import integer, power
 from squall.kernels.quant.planes import Planes, dequantize, layout, padded, random_planes
 
 
@@ -68,6 +69,7 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     OFFSET: tl.constexpr,
     GROUP: tl.constexpr,
     PAIRED: tl.constexpr,
+    POWER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid (rows of out, blocks of BLOCK columns)."""
@@ -114,6 +116,9 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
             weight = q.to(tl.float32) * scale - minimum
         else:
             weight = q.to(tl.float32) * scale + minimum
+    elif POWER:
+        exponent = tl.load(scales_ptr + scale_row + group, mask=inside, other=0).to(tl.int32)
+        weight = integer(q).to(tl.float32) * power(exponent)
     else:
         scale = tl.load(scales_ptr + scale_row + group, mask=inside, other=0).to(tl.float32)
         if supers_ptr is not None:
@@ -155,6 +160,7 @@ def _expand(
             plan.offset,
             plan.group,
             plan.paired,
+            plan.scales == "power",
             block,
             num_warps=max(1, block // 512),
         )

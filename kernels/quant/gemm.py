@@ -100,7 +100,7 @@ def plane_gemm_add_reference(
     stream += _product(x, (low, high, scales, supers), ggml_type, bias, "none")
 
 
-def _config(
+def launch_config(
     plan: Layout, tile: tuple[int, int, int], split: int, warps: int, budget: int = 80
 ) -> Config:
     """``tile`` is BLOCK_M, BLOCK_N, BLOCK_K; as many stages as ``budget`` KiB of shared memory
@@ -109,7 +109,7 @@ def _config(
     block_m, block_n, block_k = tile
     # Blocks take words of a plane whole: 128 weights of 2 bits, 256 of 1 bit.
     block_k = max(block_k, 256 if plan.high_bits == 1 else 128 if plan.low_bits == 2 else 64)
-    if plan.high_bits == 2:
+    if plan.high_bits == 2 or plan.scales == "power":  # four scales a word
         block_k = max(block_k, 128)
     stage = block_k * (block_m * 16 + block_n * (plan.low_bits + plan.high_bits + 1)) // 8
     kept = (block_m + block_k // 2) * block_n // (32 * warps)
@@ -134,7 +134,7 @@ def rule(plan: Layout, bucket: int, weights: int, k: int, device: torch.device) 
     waste fewer instructions than eight, but 128 rows of x leave them too few registers."""
     tile, programs = ((bucket, 64, 256), 4) if bucket <= 32 else ((min(bucket, 128), 128, 128), 2)
     wanted = programs * multiprocessors(device) // _tiles(bucket, weights, tile)
-    return _config(plan, tile, max(1, min(wanted, k // 512, 8)), 4 if bucket <= 64 else 8)
+    return launch_config(plan, tile, max(1, min(wanted, k // 512, 8)), 4 if bucket <= 64 else 8)
 
 
 def candidates(plan: Layout, bucket: int, weights: int, k: int) -> Sequence[Config]:
@@ -151,13 +151,13 @@ def candidates(plan: Layout, bucket: int, weights: int, k: int) -> Sequence[Conf
         # One to four programs a multiprocessor of a GPU with 132.
         splits = {max(1, min(round(n * 132 / tiles), k // 512, 16)) for n in (1, 2, 3, 4)}
         for split in sorted(splits):
-            config = _config(plan, tile, split, warps, 100 if warps == 8 else 70)
+            config = launch_config(plan, tile, split, warps, 100 if warps == 8 else 70)
             if config not in found:  # blocks of some formats are longer than asked for
                 found.append(config)
     return found
 
 
-def _as_words(scales: Tensor) -> Tensor:
+def as_words(scales: Tensor) -> Tensor:
     """Scales as a flat row of int32; an odd float16 at the end gets a neighbour."""
     flat = scales.view(-1)
     if flat.nbytes % 4:
@@ -165,13 +165,14 @@ def _as_words(scales: Tensor) -> Tensor:
     return flat.view(torch.int32)
 
 
-def _described(plane: Tensor, bits: int, tile: tuple[int, int, int]) -> Any:
-    """A plane for ``plane_gemm_kernel``; ``tile`` is halves, rows of each, columns."""
-    gates, block_n, block_k = tile
+def described(plane: Tensor, bits: int, features: int, tile: tuple[int, int, int]) -> Any:
+    """A plane for :mod:`squall.kernels.quant.gemm_kernel`, as matrices of ``features`` rows;
+    ``tile`` is matrices, rows of each, columns."""
+    matrices, block_n, block_k = tile
     words = plane.view(torch.int16)
     n, width = words.shape
-    shape, strides = [gates, n // gates, width], [n // gates * width, width, 1]
-    return TensorDescriptor(words, shape, strides, [gates, block_n, block_k * bits // 16])
+    shape, strides = [n // features, features, width], [features * width, width, 1]
+    return TensorDescriptor(words, shape, strides, [matrices, block_n, block_k * bits // 16])
 
 
 def _check(x: Tensor, low: Tensor, plan: Layout, epilogue: Epilogue) -> None:
@@ -222,10 +223,10 @@ def gemm(
     numbers = (plan.low_bits, plan.high_bits, plan.offset, plan.group, plan.scales, plan.paired)
     plane_gemm_kernel[(jobs, split)](
         TensorDescriptor.from_tensor(x, [block_m, block_k]),
-        _described(low, plan.low_bits, tile),
-        None if high is None else _described(high, plan.high_bits, tile),
-        _as_words(scales),
-        None if supers is None else _as_words(supers),
+        described(low, plan.low_bits, epilogue.features, tile),
+        None if high is None else described(high, plan.high_bits, epilogue.features, tile),
+        as_words(scales),
+        None if supers is None else as_words(supers),
         epilogue.bias,
         epilogue.out,
         partial,

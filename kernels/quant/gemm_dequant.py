@@ -10,7 +10,8 @@ order in which ``mma`` wants it.
 
 ``scale`` and ``minimum`` are float16 and so is the weight: all are rounded once, to 11 bits. They
 are ``GAIN`` times too large, to keep the scales of small weights out of float16's subnormal range;
-weights must be below 65504 / GAIN = 1023. bfloat16 weights are made from the float16 ones: CUDA
+weights must be below 65504 / GAIN = 1023. MXFP4's codes are float16's own bits but for their place,
+and multiples of 2^-30 are exact. bfloat16 weights are made from the float16 ones: CUDA
 cores have no bfloat16 FMA that would keep the scale's bits, and converting costs two float32
 conversions and a packed rounding for two weights where float32 arithmetic would cost more.
 
@@ -187,6 +188,15 @@ def _run_scales(  # type: ignore[no-untyped-def]
         v = _two_scales(_item(words, 0), supers, 0, KIND, PTX)[:, :, None]
         s = _both(v, SIDE, PTX)
         m = s
+    elif KIND == "power":
+        # 2^(e - 127) is a float32 with the exponent e; what is beyond float16 stays finite, for it
+        # may meet zeros.
+        bits = ((_item(words, 0) >> (8 * RUN)) & 0xFF) << 23
+        gain, _ = _halves(supers)
+        v = tl.minimum(bits.to(tl.float32, bitcast=True) * gain.to(tl.float32), 32768.0)
+        half = v.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+        s = _both(half, 0, PTX)[:, :, None]
+        m = s
     else:
         INDEX: tl.constexpr = SIDE if KIND == "half_pair" else 0
         v = _two_scales(_item(words, INDEX), supers, SIDE, KIND, PTX)[:, :, None]
@@ -202,6 +212,16 @@ def _two_groups(a, b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _e2m1(low, SHIFT: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The e2m1 numbers whose four bits are at SHIFT of both halves of int32, as packed float16.
+
+    With its exponent in the lowest bits of float16's a number is 2^-14 of what it is."""
+    bits = low << (12 - SHIFT)
+    bits = (bits & -0x7FFF8000) | ((bits >> 3) & 0x0E000E00)
+    return _mul(bits, _constant(16384, 16384), PTX)
+
+
+@triton.jit
 def _run_weights(  # type: ignore[no-untyped-def]
     low,
     high,
@@ -211,6 +231,7 @@ def _run_weights(  # type: ignore[no-untyped-def]
     LOW_BITS: tl.constexpr,
     HIGH_BITS: tl.constexpr,
     OFFSET: tl.constexpr,
+    KIND: tl.constexpr,
     PAIRED: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -221,6 +242,8 @@ def _run_weights(  # type: ignore[no-untyped-def]
     read.
     """
     SHIFT: tl.constexpr = RUN * LOW_BITS
+    if KIND == "power":
+        return _mul(_e2m1(low, SHIFT, PTX), scale, PTX)
     if LOW_BITS == 8:
         low = low ^ 0x00800080  # int8 to uint8 + 128
     q = _masked(low, (((1 << LOW_BITS) - 1) << SHIFT) * 0x10001, PTX)
@@ -273,8 +296,8 @@ def _two_runs(  # type: ignore[no-untyped-def]
     s0, m0 = _run_scales(words, supers, RUN, GROUP, KIND, PTX)
     s1, m1 = _run_scales(words, supers, RUN + 1, GROUP, KIND, PTX)
     return _stack(
-        _run_weights(low, high, s0, m0, RUN, LOW_BITS, HIGH_BITS, OFFSET, PAIRED, PTX),
-        _run_weights(low, high, s1, m1, RUN + 1, LOW_BITS, HIGH_BITS, OFFSET, PAIRED, PTX),
+        _run_weights(low, high, s0, m0, RUN, LOW_BITS, HIGH_BITS, OFFSET, KIND, PAIRED, PTX),
+        _run_weights(low, high, s1, m1, RUN + 1, LOW_BITS, HIGH_BITS, OFFSET, KIND, PAIRED, PTX),
     )
 
 
@@ -307,9 +330,12 @@ def dequantize_tile(  # type: ignore[no-untyped-def]
     if LOW_BITS == 8:  # a word has the scales of two units
         v = _mul(scales, supers, PTX)
         s = tl.join(_both(v, 0, PTX), _both(v, 1, PTX)).reshape(N, U, 1)
-        w = _run_weights(low, high, s, s, 0, LOW_BITS, HIGH_BITS, OFFSET, PAIRED, PTX)
+        w = _run_weights(low, high, s, s, 0, LOW_BITS, HIGH_BITS, OFFSET, KIND, PAIRED, PTX)
     else:
-        words = scales.reshape(N, U, scales.shape[1] // U)
+        if KIND == "power":  # a word has the scales of two units
+            words = tl.join(scales, scales >> 16).reshape(N, U, 1)
+        else:
+            words = scales.reshape(N, U, scales.shape[1] // U)
         w = _two_runs(
             low, high, words, supers, 0, LOW_BITS, HIGH_BITS, OFFSET, GROUP, KIND, PAIRED, PTX
         )

@@ -30,6 +30,7 @@ from squall.kernels.op import dependent_launch, has_ptx, multiprocessors, op
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.gemv_kernel import plane_gemv_kernel
 from squall.kernels.quant.planes import (
+    Layout,
     Planes,
     Tensors,
     dequantize,
@@ -132,6 +133,11 @@ def candidates(chunks: int) -> Iterator[Config]:
                     yield {"rows": rows, "warps": warps, "programs": programs}
 
 
+def _word_bits(plan: Layout) -> int:
+    """Of the words in which scales are loaded: those of a unit, or 32."""
+    return 16 if plan.low_bits == 8 or plan.scales == "power" else 32
+
+
 def _as_words(scales: Tensor, bits: int) -> Tensor:
     """Scales as the kernel loads them: ``[N, words]`` of 16 or 32 bits."""
     return scales.view(scales.shape[0], -1).view(torch.int16 if bits == 16 else torch.int32)
@@ -160,36 +166,75 @@ def gemv(
     order: str = "alone",
 ) -> None:
     """Launch; ``config`` overrides the table (tuning), ``order`` as in ``wait_in_order``."""
-    (low, high, scales, supers), plan = planes, layout(ggml_type)
+    low, plan = planes[0], layout(ggml_type)
     _check(x, norm, low, plan.low_bits, epilogue)
-    (rows, k), n, chunks = x.shape, low.shape[0], low.shape[1] // 4
-    if rows == 0:
-        return
+    if x.shape[0]:
+        config = config or tuned(
+            "plane_gemv", tuning_key(ggml_type, low.shape[0], padded(x.shape[1]), 1), low.device
+        )
+        _launch(x, norm, eps, planes, plan, epilogue, None, config, order)
+
+
+def expert_gemv(
+    x: Tensor,
+    planes: Tensors,
+    ggml_type: int,
+    bias: Tensor | None,
+    ids: Tensor,
+    activation: str,
+    out: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """``out [P, F] = act(x' W[ids]^T + bias[ids])``: the planes have the rows of all experts, one
+    below the other; ``x [P / share, K]``; ``ids`` int32 of P >= 1 elements; ``bias [E, N]``."""
+    plan, low = layout(ggml_type), planes[0]
+    (rows, k), pairs = x.shape, out.shape[0]
+    assert low.shape[1] * 32 == padded(k) * plan.low_bits, f"x {x.shape}, low {low.shape}"
+    assert k % 32 == 0 and pairs % rows == 0, f"x {x.shape}, out {out.shape}"  # noqa: PT018
+    assert ids.numel() == pairs and ids.dtype == torch.int32, f"ids {ids.shape}"  # noqa: PT018
+    assert x.stride(1) == out.stride(1) == 1, "rows must be dense"
+    _launch(x, norm, eps, planes, plan, Epilogue(out, bias, activation), ids, None)
+
+
+def _launch(
+    x: Tensor,
+    norm: Tensor | None,
+    eps: float,
+    planes: Tensors,
+    plan: Layout,
+    epilogue: Epilogue,
+    ids: Tensor | None,
+    config: Config | None,
+    order: str = "alone",
+) -> None:
+    (low, high, scales, supers), (rows, k), pairs = planes, x.shape, epilogue.out.shape[0]
     if x.data_ptr() % 16 or (rows > 1 and x.stride(0) % 16):
         x = x.clone(memory_format=torch.contiguous_format)  # loads are of four numbers at once
-    width = padded(k)
-    config = config or tuned("plane_gemv", tuning_key(ggml_type, n, width, 1), low.device)
-    config = config or rule(chunks)
+    config = config or rule(low.shape[1] // 4)
     tile = config["rows"]
     tiles = -(-epilogue.features // (tile // 2 if epilogue.gated else tile))
-    programs = min(tiles, config["programs"] * multiprocessors(low.device))
+    programs = config["programs"] * multiprocessors(low.device)
+    if ids is not None:  # those of all pairs together fill the GPU
+        programs = -(-programs // pairs)
     pdl = dependent_launch(low.device)
-    plane_gemv_kernel[(programs, rows)](
+    plane_gemv_kernel[(min(tiles, programs), pairs)](
         x,
         norm,
         low,
         high,
-        _as_words(scales, 16 if plan.low_bits == 8 else 32),
+        _as_words(scales, _word_bits(plan)),
         None if supers is None else _as_words(supers, 32 if plan.paired else 16),
         epilogue.bias,
         epilogue.out,
+        ids,
         epilogue.features,
         x.stride(0) if rows > 1 else k,
         epilogue.out.stride(0),
         eps,
         k,
-        width // 256,
-        _kept(chunks),
+        padded(k) // 256,
+        _kept(low.shape[1] // 4),
         plan.low_bits,
         plan.high_bits,
         plan.offset,
@@ -201,6 +246,7 @@ def gemv(
         has_ptx(low.device),
         bool(pdl),
         order,
+        pairs // rows,
         num_warps=config["warps"],
         **pdl,
     )

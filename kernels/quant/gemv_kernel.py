@@ -21,6 +21,7 @@ from squall.kernels.lang import tl, triton, wait_for_first, wait_in_order
 from squall.kernels.launch import kernel
 from squall.kernels.linear_epilogue import finish_row, weight_rows
 from squall.kernels.quant.gemv_input import add_squares, load_run, multiply, quantize
+from squall.kernels.quant.mxfp4_bits import four_integers, power
 
 
 @triton.jit
@@ -83,7 +84,12 @@ def _run_scales(  # type: ignore[no-untyped-def]
         return (bits & 255).to(tl.float32), ((bits >> 8) & 255).to(tl.float32)
     if KIND == "half_pair":
         return _half(bits), _half(bits >> 16)
-    scale = _half(bits) if KIND == "half" else ((bits << 24) >> 24).to(tl.float32)
+    if KIND == "half":
+        scale = _half(bits)
+    elif KIND == "power":
+        scale = power(bits & 255)
+    else:
+        scale = ((bits << 24) >> 24).to(tl.float32)
     return scale, scale
 
 
@@ -177,7 +183,10 @@ def _add_run(  # type: ignore[no-untyped-def]
     PTX: tl.constexpr,
 ):
     """``total`` and ``least`` (the minimums' part) with one run added; ``x`` from ``_run``."""
-    dot = _dot(_run_quants(low, high, RUN, LOW, HIGH), x[0], x[1], PTX)
+    q = _run_quants(low, high, RUN, LOW, HIGH)
+    if KIND == "power":
+        q = four_integers(q, PTX)
+    dot = _dot(q, x[0], x[1], PTX)
     if OFFSET > 0:
         dot -= x[3]
     scale, minimum = _run_scales(scales, half, RUN, RUN_BITS, GROUP, KIND)
@@ -237,6 +246,7 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
     supers_ptr,
     bias_ptr,
     y_ptr,
+    ids_ptr,
     features,
     x_stride,
     y_stride,
@@ -255,22 +265,37 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
     PTX: tl.constexpr,
     PDL: tl.constexpr,
     ORDER: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
-    """Grid (programs, rows of x), any number of programs. ``norm_ptr`` float32 [K] or None. BLOCKS
+    """Grid (programs, rows of y), any number of programs. ``norm_ptr`` float32 [K] or None. BLOCKS
     are columns of the planes by 256, CHUNKS is at least the number of chunks of a row. Scales come
-    in words of 32 bits, of 16 with 8-bit planes; supers of 32, or of 16 where they are not pairs.
+    in words of 32 bits, of 16 with 8-bit planes and powers; supers of 32, or of 16 where they are
+    not pairs. With ``ids_ptr`` the planes have one matrix below the other, and row ``i`` of y is
+    the product of row ``i // SHARE`` of x with the one that its id names; without it, SHARE is 1.
     """
     GATED: tl.constexpr = ACTIVATION != "none"
     OUT: tl.constexpr = TILE // 2 if GATED else TILE
     RUNS: tl.constexpr = 8 // LOW
-    BYTE: tl.constexpr = 8 if KIND == "byte" else 16
+    BYTE: tl.constexpr = 8 if KIND == "byte" or KIND == "power" else 16
     RUN_BITS: tl.constexpr = (32 if KIND == "half_pair" else BYTE) * (32 // GROUP)
     UNIT_BITS: tl.constexpr = RUN_BITS * RUNS
     tiles = (features + OUT - 1) // OUT
     step = tl.num_programs(0)
     tile = tl.program_id(0)
-    x_ptr += tl.program_id(1).to(tl.int64) * x_stride
+    x_ptr += (tl.program_id(1) // SHARE).to(tl.int64) * x_stride
     y_ptr += tl.program_id(1).to(tl.int64) * y_stride
+    if ids_ptr is not None:  # which matrix it is has to be waited for
+        wait_in_order(PDL, ORDER)
+        first_row = tl.load(ids_ptr + tl.program_id(1)).to(tl.int64)
+        first_row *= features * (2 if GATED else 1)
+        low_ptr += first_row * (BLOCKS * 8 * LOW)
+        if HIGH > 0:
+            high_ptr += first_row * (BLOCKS * 8 * HIGH)
+        scales_ptr += first_row * (BLOCKS * LOW * ((UNIT_BITS + 31) // 32))
+        if supers_ptr is not None:
+            supers_ptr += first_row * BLOCKS
+        if bias_ptr is not None:
+            bias_ptr += first_row
     chunk = tl.arange(0, CHUNKS)[None, None, :, None]
     low_1, high_1, scales_1, supers_1 = _load_tile(
         low_ptr, high_ptr, scales_ptr, supers_ptr, tile, tiles, features, chunk,
@@ -280,7 +305,8 @@ def plane_gemv_kernel(  # type: ignore[no-untyped-def]
     if norm_ptr is not None:
         for run in tl.static_range(RUNS):
             norm += (load_run(norm_ptr, chunk, run, RUNS, K),)  # type: ignore[assignment]
-    wait_in_order(PDL, ORDER)
+    if ids_ptr is None:
+        wait_in_order(PDL, ORDER)
 
     row = ()
     for run in tl.static_range(RUNS):

@@ -20,11 +20,12 @@ from torch import Tensor
 
 from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.lang import next_power_of_2
-from squall.kernels.linear import blas, blas_add
+from squall.kernels.linear import blas_add
 from squall.kernels.quant import gemm, gemv
 from squall.kernels.quant.base import gguf_formats
 from squall.kernels.quant.expand import expand_planes, plane_rows
 from squall.kernels.quant.planes import Planes, layout, padded, random_planes, tuning_key
+from squall.kernels.quant.scratch import blas_into
 from squall.kernels.rmsnorm import rms_norm
 from squall.kernels.tuning import Config, Problem, Tunable, tuned
 
@@ -134,7 +135,7 @@ class PlaneWeight:
         else:
             assert activation == "none", activation
             for weight, some_bias, columns in self._expanded(x.dense.dtype, bias, out):
-                _product(x.dense, weight, some_bias, columns)
+                blas_into(x.dense, weight, some_bias, columns)
 
     def multiply_add(
         self, x: _Input, bias: Tensor | None, stream: Tensor, way: str | None = None
@@ -173,16 +174,6 @@ class PlaneWeight:
             some = [None if t is None else t[part] for t in planes.tensors]
             weight = expand_planes(*some, kind, k, dtype)
             yield weight, None if bias is None else bias[part], out[:, part]
-
-
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """``out = x weight^T + bias`` by the vendor's library; rows of ``out`` may be strided."""
-    if out.dtype != x.dtype:
-        out.copy_(blas(x, weight, bias, out.dtype))
-    elif bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
-        torch.addmm(bias.to(x.dtype), x, weight.t(), out=out)
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ four bytes. Here every field is a matrix of its own, ``[N, ...]`` row-major, eac
 zeros from K weights to KP, a multiple of 256. Nothing is rounded: ``dequantize`` gives the bits
 that ``QuantFormat.dequantize`` gives for the file's bytes.
 
-**Quants** are stored as ``q + offset``, not negative (Q8_0: int8 as it is), and split into planes
-of little-endian int32 words. A plane of w bits cuts a row into units of ``8 / w`` runs of 32
-weights; a unit is 8 words, and bits ``w * t`` of byte b of its word j belong to weight
-``32 * t + 4 * j + b`` of the unit:
+**Quants** are stored as ``q + offset``, not negative (Q8_0: int8 as it is; MXFP4: as their codes),
+and split into planes of little-endian int32 words. A plane of w bits cuts a row into units of
+``8 / w`` runs of 32 weights; a unit is 8 words, and bits ``w * t`` of byte b of its word j belong
+to weight ``32 * t + 4 * j + b`` of the unit:
 
     low    4 bits  int32 [N, KP / 8]     the low 4 bits of all formats but these:
            2 bits  int32 [N, KP / 16]    Q2_K, Q3_K
@@ -28,6 +28,7 @@ the same j, and no bits cross bytes.
                  supers f16 [N, KP / 256]: d
     "byte_pair"  scales uint8 [N, KP / G, 2]: s, m           weight = d * s * q - dmin * m
                  supers f16 [N, KP / 256, 2]: d, dmin
+    "power"      scales uint8 [N, KP / G]: e             weight = 2^(e - 128) * CODES[q]
 
 The 4- and 6-bit fields of the K formats are widened to bytes: 2.8% more memory in Q4_K.
 """
@@ -42,6 +43,7 @@ import torch
 from torch import Tensor
 
 from squall.kernels.quant.base import QuantFormat, bit_fields, gguf_formats
+from squall.kernels.quant.gguf_mxfp4 import CODES, powers
 
 SUPER = 256  # weights that share a super-scale; rows are padded to a multiple of it
 # Weights that pack() takes apart at a time: about 160 MiB of scratch.
@@ -56,9 +58,10 @@ class Layout:
     high_bits: int  # 0, 1 or 2; a bit's place in q is above the low plane's
     offset: int
     group: int
-    scales: str  # "half", "half_pair", "byte" or "byte_pair"
+    scales: str  # "half", "half_pair", "byte", "byte_pair" or "power"
     top: int = 0  # largest scale in bytes
     supers: int | None = None  # byte of a GGUF block where d (and dmin) are
+    codes: tuple[int, ...] = ()  # integers that stored quants stand for, if not for themselves
 
     @property
     def paired(self) -> bool:
@@ -68,7 +71,7 @@ class Layout:
     @property
     def bits(self) -> float:
         """Of memory for a weight, scales included."""
-        number = 8 if self.scales.startswith("byte") else 16
+        number = 16 if self.scales.startswith("half") else 8
         pair = 1 + self.paired
         supers = 0.0 if self.supers is None else 16 * pair / SUPER
         return self.low_bits + self.high_bits + number * pair / self.group + supers
@@ -86,6 +89,7 @@ _LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "Q4_K": Layout(4, 0, 0, 32, "byte_pair", top=63, supers=0),
         "Q5_K": Layout(4, 1, 0, 32, "byte_pair", top=63, supers=0),
         "Q6_K": Layout(4, 2, 32, 16, "byte", top=127, supers=208),
+        "MXFP4": Layout(4, 0, 0, 32, "power", codes=CODES),
     }
 )
 
@@ -159,7 +163,7 @@ def _empty(entry: QuantFormat, out_features: int, in_features: int, device: torc
         pair = (2,) if plan.paired else ()
         return new(out_features, width // group, *pair, dtype=dtype, device=device)
 
-    kinds = {"byte": torch.int8, "byte_pair": torch.uint8}
+    kinds = {"byte": torch.int8, "byte_pair": torch.uint8, "power": torch.uint8}
     return Planes(
         entry,
         in_features,
@@ -223,7 +227,9 @@ def _pack_rows(planes: Planes, plan: Layout, raw: Tensor, start: int) -> None:
         planes.supers[rows] = supers.view(planes.supers[rows].shape)
     q, scale, minimum, _ = entry.affine(raw)
     q = q.view(torch.uint8)
-    if plan.offset:
+    if plan.codes:
+        q = _codes(q, plan.codes)
+    elif plan.offset:
         q += plan.offset  # modulo 256: int8 -8 becomes 0
     if planes.padded != k:
         q = torch.nn.functional.pad(q, (0, planes.padded - k))
@@ -235,12 +241,21 @@ def _pack_rows(planes: Planes, plan: Layout, raw: Tensor, start: int) -> None:
         target[..., 0] = scale
         # The K formats subtract their minimum; unpacking has negated it.
         target[..., 1] = minimum.neg() if plan.supers is not None else minimum
+    elif plan.scales == "power":
+        target.copy_(scale.frexp().exponent + 127)  # frexp gives a half times a power
     else:
         target.copy_(scale)
 
 
+def _codes(q: Tensor, codes: tuple[int, ...]) -> Tensor:
+    """The first code of each of the int8 in uint8 ``q``: uint8."""
+    code_of = {number & 255: code for code, number in reversed([*enumerate(codes)])}
+    table = torch.tensor([code_of.get(byte, 0) for byte in range(256)], dtype=torch.uint8)
+    return table.to(q.device)[q.int()]
+
+
 def quants(planes: Planes) -> Tensor:
-    """uint8 ``[N, KP]``, still with the offset; int8 for Q8_0."""
+    """uint8 ``[N, KP]``, still with the offset; int8 for Q8_0 and MXFP4."""
     plan, rows, width = layout(planes.format.ggml_type), planes.out_features, planes.padded
     if plan.low_bits == 8:
         return planes.low.view(torch.int8)
@@ -253,11 +268,15 @@ def quants(planes: Planes) -> Tensor:
     q = fields(planes.low, plan.low_bits, 0)
     if planes.high is not None:
         q |= fields(planes.high, plan.high_bits, plan.low_bits)
+    if plan.codes:
+        return torch.tensor(plan.codes, dtype=torch.int8, device=q.device)[q.int()]
     return q
 
 
 def affine(planes: Planes) -> tuple[Tensor, Tensor | None]:
     """Scales and minimums, float32 ``[N, KP / group]``; weight = scale * (q - offset) + minimum."""
+    if layout(planes.format.ggml_type).scales == "power":
+        return powers(planes.scales), None
     scale = planes.scales.float()
     if planes.supers is not None:
         supers = planes.supers.float()
@@ -300,7 +319,10 @@ def random_planes(
     groups = planes.scales[:, : in_features // plan.group]
     spread = torch.empty(groups.shape[:2], device=device).uniform_(0.5, 1.5, generator=generator)
     centre = (levels - 1) / 2
-    if planes.supers is None:
+    if plan.codes:
+        size = math.sqrt(sum(number**2 for number in plan.codes) / len(plan.codes))
+        groups.copy_((spread * (0.02 / size)).log2().round() + 128)
+    elif planes.supers is None:
         if plan.paired:
             groups[..., 0] = spread * step
             groups[..., 1] = spread * (-step * centre)

@@ -2,7 +2,7 @@
 not change what a request gets. On a GPU with and without CUDA graphs, against the CPU's model."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from squall.loaders.progress import NoProgress
 from squall.models.batch import KVCache
 from squall.models.config import DecoderConfig, LayerConfig, RopeConfig
 from squall.models.decoder import Decoder
+from squall.models.kv_layout import kv_layout
 from squall.models.weights import RandomWeights
 from squall.runtime.engine import Engine
 from squall.runtime.params import SamplingParams
@@ -71,18 +72,21 @@ def model() -> Decoder:
 
 @dataclass(frozen=True)
 class Place:
-    """Where and how an engine runs."""
+    """Where and how an engine runs; ``windows``: layers with a window keep only what they see."""
 
     device: str
     graphs: bool
+    windows: bool
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(Place("cpu", False), id="cpu"),
-        pytest.param(Place("cuda", False), id="gpu-eager", marks=pytest.mark.gpu),
-        pytest.param(Place("cuda", True), id="gpu-graphs", marks=pytest.mark.gpu),
+        pytest.param(Place("cpu", False, False), id="cpu"),
+        pytest.param(Place("cpu", False, True), id="cpu-windows"),
+        pytest.param(Place("cuda", False, True), id="gpu-eager", marks=pytest.mark.gpu),
+        pytest.param(Place("cuda", True, False), id="gpu-graphs", marks=pytest.mark.gpu),
+        pytest.param(Place("cuda", True, True), id="gpu-graphs-windows", marks=pytest.mark.gpu),
     ],
 )
 def place(request: pytest.FixtureRequest) -> Place:
@@ -99,10 +103,17 @@ def make_engine(place: Place) -> MakeEngine:
 
     def make(blocks: int = 200, budget: int = 64, seqs: int = 8) -> Engine:
         layers, shape = CONFIG.num_layers, CONFIG.kv_shape
+        limits = Limits(seqs, budget, BLOCK, 100, 128)
+        layout = kv_layout(CONFIG, 128)
+        if place.windows:
+            blocks += 3  # what the layer with a window needs at most
+            layers, limits = layout.group_layers, replace(limits, windows=layout.windows)
         cache = KVCache.allocate(layers, blocks, BLOCK, shape, torch.float32, placed.device)
         for tensor in cache.keys + cache.values:
             tensor.fill_(float("nan"))  # whatever is read without having been written shows
-        engine = Engine(placed, cache, Limits(seqs, budget, BLOCK, 100, 128))
+        if place.windows:
+            cache = cache.shared(layout.groups, layout.places)
+        engine = Engine(placed, cache, limits)
         if place.graphs:
             engine.runner.capture(NoProgress())
         return engine

@@ -6,6 +6,7 @@ k in another order, norms plus one, settings under other names) is written down 
 that the loader is not compared with itself.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,14 @@ from tests.e2e.test_golden_logits import CASES, MSCALE, SIZES, TOKENS, YARN, sav
 Config = Any  # a transformers config
 Keys = dict[str, Any]
 
-Q8_0 = gguf.GGMLQuantizationType.Q8_0
+Kind = gguf.GGMLQuantizationType
+Q8_0, MXFP4 = Kind.Q8_0, Kind.MXFP4
 WHOLE_BLOCKS = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 96}
+_WHOLE_ALTUP = {
+    "intermediate_size": 96,
+    "hidden_size_per_layer_input": 32,
+    "laurel_rank": 32,
+}
 _TWO_HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}  # of any hidden size
 # What llama.cpp has in its code and not in the file.
 _NO_ROPE_EVERY = {"num_hidden_layers": 4, "no_rope_layer_interval": 4}
@@ -45,6 +52,51 @@ def _scaled(rope: Keys) -> Keys:
     if kind == "yarn":
         keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
     return keys
+
+
+def _hunyuan(config: Config) -> Keys:
+    """The stretched base, and the rule that was used is not told."""
+    rope, dim = config.rope_parameters, _head_dim(config)
+    theta = rope["rope_theta"] * rope["alpha"] ** (dim / (dim - 2))
+    return {"rope.freq_base": theta, "rope.scaling.type": "none", "rope.scaling.factor": 1.0}
+
+
+def _exaone4(config: Config) -> Keys:
+    kinds = config.layer_types
+    return _rope(config) | {
+        "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in kinds],
+    }
+
+
+def _per_layer(config: Config) -> Keys:
+    """Counts as arrays of one for each layer."""
+    layers = config.num_hidden_layers
+    return _rope(config) | {
+        "feed_forward_length": [config.intermediate_size] * layers,
+        "attention.head_count": [config.num_attention_heads] * layers,
+        "attention.head_count_kv": [config.num_key_value_heads] * layers,
+    }
+
+
+def _llama3_factors(config: Config) -> Tensor:
+    """What llama.cpp divides the rotary frequencies by."""
+    rope, dim = config.rope_parameters, _head_dim(config)
+    original, low, high = (
+        rope[name]
+        for name in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+    )
+    factors = []
+    for i in range(0, dim, 2):
+        wave = 2 * np.pi * rope["rope_theta"] ** (i / dim)
+        if wave < original / high:
+            factors.append(1.0)
+        elif wave > original / low:
+            factors.append(rope["factor"])
+        else:
+            smooth = (original / wave - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return torch.tensor(factors)
 
 
 def _head_dim(config: Config) -> int:
@@ -101,6 +153,13 @@ def _cohere(config: Config) -> Keys:
     return keys
 
 
+def _olmo(config: Config) -> Keys:
+    keys = _rope(config) | {"attention.layer_norm_epsilon": 1e-5}
+    if config.clip_qkv:
+        keys["attention.clamp_kqv"] = config.clip_qkv
+    return keys
+
+
 def _olmo3(config: Config) -> Keys:
     window = {"attention.sliding_window": config.sliding_window}
     return _scaled(config.rope_parameters["full_attention"]) | window
@@ -153,12 +212,25 @@ def _deepseek_mla(config: Config) -> Keys:
     }
 
 
+def _gemma3n(config: Config) -> Keys:
+    sparsity = torch.tensor(config.activation_sparsity_pattern)
+    return _gemma3(config) | {
+        "attention.sliding_window_pattern": [k == "sliding_attention" for k in config.layer_types],
+        "attention.shared_kv_layers": config.num_kv_shared_layers,
+        "altup.active_idx": config.altup_active_idx,
+        "altup.num_inputs": config.altup_num_inputs,
+        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "activation_sparsity_scale": torch.special.ndtri(sparsity).tolist(),
+    }
+
+
 _EPSILONS = {
     "attention.layer_norm_rms_epsilon": ("rms_norm_eps",),
-    "attention.layer_norm_epsilon": ("layer_norm_eps", "norm_epsilon"),
+    "attention.layer_norm_epsilon": ("layer_norm_eps", "norm_epsilon", "norm_eps"),
 }
-_PERMUTED, _SHIFTED = {"llama", "granite", "smollm3"}, {"gemma", "gemma2", "gemma3"}
 _LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 64, "v_head_dim": 32}  # whole blocks
+_PERMUTED = {"llama", "granite", "smollm3", "arcee", "olmo"}
+_SHIFTED = {"gemma", "gemma2", "gemma3", "nemotron"}
 # By case of the table of safetensors models: the GGUF architecture, its keys, and what must be
 # another value because the file does not say it.
 ROWS: dict[str, tuple[str, Callable[[Config], Keys], dict[str, Any]]] = {
@@ -166,13 +238,26 @@ ROWS: dict[str, tuple[str, Callable[[Config], Keys], dict[str, Any]]] = {
     "llama-biases": ("llama", _rope, {}),
     "llama-rope-linear": ("llama", _rope, {}),
     "llama-rope-yarn": ("llama", _rope, {}),
+    "llama-rope-llama3": ("llama", _rope, {}),
+    "llama-one-kv-head": ("llama", _per_layer, {}),
+    "mistral": ("llama", _rope, {}),
     "qwen2": ("qwen2", _rope, {}),
     "qwen3": ("qwen3", _rope, {}),
     "smollm3": ("smollm3", _rope, {"no_rope_layers": None, **_NO_ROPE_EVERY}),
     "granite": ("granite", _granite, {}),
     "granite-biases": ("granite", _granite, {"attention_multiplier": 0.3}),
+    "seed_oss": ("seed_oss", _rope, {}),
+    "seed_oss-qkv-bias": ("seed_oss", _rope, {}),
+    "arcee": ("arcee", _rope, {}),
+    "nemotron": ("nemotron", _partial, {}),
+    "exaone4": ("exaone4", _rope, {}),
+    "exaone4-window": ("exaone4", _exaone4, {}),
+    "hunyuan": ("hunyuan-dense", _rope, {}),
+    "hunyuan-alpha": ("hunyuan-dense", _hunyuan, {}),
     "ernie4_5": ("ernie4_5", _rope, {}),
     "glm4": ("glm4", _partial, {}),
+    "olmo": ("olmo", _olmo, {"attention_bias": False}),
+    "olmo-unclipped": ("olmo", _olmo, {}),
     "olmo2": ("olmo2", _rope, {}),
     "olmo3": ("olmo2", _olmo3, {}),
     "deepseek_v2": ("deepseek2", _deepseek, _LATENT),
@@ -185,9 +270,11 @@ ROWS: dict[str, tuple[str, Callable[[Config], Keys], dict[str, Any]]] = {
     ),
     "stablelm": ("stablelm", _partial, _TWO_HEADS),
     "stablelm-parallel": ("stablelm", _stablelm, _TWO_HEADS),
+    "stablelm-qk-norm": ("stablelm", _stablelm, _TWO_HEADS),
     "starcoder2": ("starcoder2", _starcoder2, {}),
     "starcoder2-no-biases": ("starcoder2", _rope, {}),
     "cohere": ("command-r", _cohere, {}),
+    "cohere-qk-norm": ("command-r", _cohere, {"attention_bias": False}),
     "cohere2": ("cohere2", _cohere, {}),
     "phi2": ("phi2", _partial, _TWO_HEADS),
     "phi3": ("phi3", _phi3, {}),
@@ -197,6 +284,7 @@ ROWS: dict[str, tuple[str, Callable[[Config], Keys], dict[str, Any]]] = {
     "gemma": ("gemma", _rope, {}),
     "gemma2": ("gemma2", _gemma2, {"query_pre_attn_scalar": 16, "tie_word_embeddings": True}),
     "gemma3": ("gemma3", _gemma3, {"query_pre_attn_scalar": 16}),
+    "gemma3n": ("gemma3n", _gemma3n, _WHOLE_ALTUP),
     "gemma3-ropes-softcaps": ("gemma3", _gemma3, {"query_pre_attn_scalar": 32}),
 }
 
@@ -214,20 +302,33 @@ def _halves(weight: Tensor, config: Config) -> tuple[Tensor, Tensor]:
     return k.transpose(1, 2), v
 
 
+def _stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With what is numbered in one tensor: the norms of the heads of q, and of k (StableLM), and
+    the projections between streams (Gemma 3n)."""
+    rows: dict[str, list[Tensor]] = {}
+    for name in list(tensors):
+        numbered = re.fullmatch(r"(.+?)(\.norms)?\.\d+\.weight", name)
+        if numbered:
+            rows.setdefault(numbered[1], []).append(tensors.pop(name))
+    return tensors | {f"{name}.weight": torch.stack(parts) for name, parts in rows.items()}
+
+
 def _tensors(model: torch.nn.Module, architecture: str, halved: bool) -> dict[str, Tensor]:
     config = model.config
     kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     tensors = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _stacked(model.state_dict()).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         module = name.split(".")[-2]
         if architecture in _PERMUTED and module in heads:
             tensor = _permuted(tensor, heads[module])
-        if architecture in _SHIFTED and module.endswith("norm"):
+        if architecture in _SHIFTED and name.endswith("norm.weight"):
             tensor = tensor + 1
+        if name.endswith("_scale"):
+            name += ".weight"
         parts = {name: tensor}
         if halved and module == "kv_b_proj":
             halves = zip(("k_b_proj", "v_b_proj"), _halves(tensor, config), strict=True)
@@ -240,27 +341,34 @@ def _tensors(model: torch.nn.Module, architecture: str, halved: bool) -> dict[st
     if rope.get("rope_type") == "longrope":
         for length in ("long", "short"):
             tensors[f"rope_factors_{length}.weight"] = torch.tensor(rope[f"{length}_factor"])
+    if rope.get("rope_type") == "llama3":
+        tensors["rope_freqs.weight"] = _llama3_factors(config)
     return tensors
 
 
-def _rounded(matrix: Tensor) -> Tensor:
-    blocks = gguf.quants.quantize(matrix.contiguous().numpy(), Q8_0)
-    return torch.from_numpy(gguf.quants.dequantize(blocks, Q8_0))
+def _kept(name: str) -> bool:
+    """Whether llama.cpp leaves a matrix as it is."""
+    return any(part in name for part in ("norm", "altup", "laurel", "per_layer_model_proj"))
 
 
-def _round_to_q8_0(model: torch.nn.Module, halved: bool) -> None:
-    """Give every matrix values that Q8_0 holds exactly."""
+def _rounded(matrix: Tensor, kind: Kind) -> Tensor:
+    blocks = gguf.quants.quantize(matrix.contiguous().numpy(), kind)
+    return torch.from_numpy(gguf.quants.dequantize(blocks, kind))
+
+
+def _round_to(model: torch.nn.Module, kind: Kind, halved: bool) -> None:
+    """Give every matrix values that the type holds exactly."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if halved and "kv_b_proj" in name:
                 for half in _halves(parameter, model.config):
-                    half.copy_(_rounded(half))
-            elif parameter.dim() == 2:
-                parameter.copy_(_rounded(parameter))
+                    half.copy_(_rounded(half, kind))
+            elif parameter.dim() == 2 and not _kept(name):
+                parameter.copy_(_rounded(parameter, kind))
 
 
 def write_gguf(
-    path: Path, model: torch.nn.Module, architecture: str, keys: Keys, quantized: bool
+    path: Path, model: torch.nn.Module, architecture: str, keys: Keys, kind: Kind | None
 ) -> None:
     config = model.config
     sizes = {
@@ -284,13 +392,14 @@ def write_gguf(
             int: writer.add_uint32,
             float: writer.add_float32,
             str: writer.add_string,
+            list: writer.add_array,
         }
         add[type(value)](f"{architecture}.{suffix}", value)
     writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(SIZES["vocab_size"])])
     for name, tensor in _tensors(model, architecture, "attention.key_length_mla" in keys).items():
         data = tensor.float().contiguous().numpy()
-        if quantized and data.ndim > 1:
-            writer.add_tensor(name, gguf.quants.quantize(data, Q8_0), raw_dtype=Q8_0)
+        if kind is not None and data.ndim > 1 and not _kept(name):
+            writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, data)
     writer.write_header_to_file()
@@ -299,25 +408,28 @@ def write_gguf(
     writer.close()
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["f32", "q8_0"])
-@pytest.mark.parametrize("case", ROWS)
-def test_logits_equal_transformers(case: str, quantized: bool, tmp_path: Path) -> None:
-    """In Q8_0 the weights are those of the reference, and activations are rounded to 16 bits."""
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [(case, kind) for case in ROWS for kind in (None, Q8_0)] + [("llama", MXFP4)],
+    ids=lambda value: "f32" if value is None else str(getattr(value, "name", value)).lower(),
+)
+def test_logits_equal_transformers(case: str, kind: Kind | None, tmp_path: Path) -> None:
+    """Quantised, the weights are those of the reference, and activations are rounded to 16 bits."""
     architecture, keys, changes = ROWS[case]
     family, overrides = CASES[case]
-    sizes = WHOLE_BLOCKS if quantized else {}
+    sizes = WHOLE_BLOCKS if kind else {}
     reference = save_random(tmp_path / "hf", family, sizes | overrides | changes)
-    if quantized:
-        _round_to_q8_0(reference, halved=keys is _deepseek_mla)
+    if kind:
+        _round_to(reference, kind, halved=keys is _deepseek_mla)
     path = tmp_path / "model.gguf"
-    write_gguf(path, reference, architecture, keys(reference.config), quantized)
+    write_gguf(path, reference, architecture, keys(reference.config), kind)
     ids = torch.randint(0, SIZES["vocab_size"], (TOKENS,)).tolist()
     with torch.no_grad():
         expected = reference(torch.tensor([ids])).logits[0].float()
     checkpoint = Checkpoint(resolve(str(path)))
     model = checkpoint.decoder(torch.device("cpu"), torch.float32, TOKENS, NoProgress())
     found = sequence_logits(model, ids, TOKENS, block_size=8)
-    limit = (1e-3 if quantized else 1e-4) * expected.abs().max().item()
+    limit = (1e-3 if kind else 1e-4) * expected.abs().max().item()
     assert (found - expected).abs().max().item() <= limit
-    if not quantized:
+    if not kind:
         assert torch.equal(found.argmax(-1), expected.argmax(-1))

@@ -39,6 +39,9 @@ KERNELS = {
     "plane_gemm_kernel",
     "_expand_kernel",
     "plane_gemv_kernel",
+    "_fp8_expand_kernel",
+    "_fp8_gemv_kernel",
+    "_fp8_skinny_kernel",
 }
 
 

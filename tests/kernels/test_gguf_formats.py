@@ -53,11 +53,21 @@ def extreme_blocks(entry: QuantFormat) -> Tensor:
             for offset, value in zip(offsets, values, strict=True):
                 block[offset], block[offset + 1] = value & 255, value >> 8
             blocks.append(block)
+    if entry.name == "MXFP4":
+        blocks += every_power(blocks[9])
+        blocks += every_power(random_bytes(entry.block_bytes, seed=1))
     return torch.stack(blocks)
 
 
+def every_power(block: Tensor) -> list[Tensor]:
+    """A block of MXFP4 under each exponent."""
+    blocks = block.repeat(256, 1)
+    blocks[:, 0] = torch.arange(256)
+    return list(blocks)
+
+
 def test_registry_matches_ggml() -> None:
-    assert list(FORMATS) == ["F32", "F16", *HALVES, "BF16"]
+    assert list(FORMATS) == ["F32", "F16", *HALVES, "BF16", "MXFP4"]
     for code, entry in gguf_formats().items():
         kind = gguf.GGMLQuantizationType(code)
         assert entry.name == kind.name
@@ -83,6 +93,12 @@ def test_every_half_precision_number() -> None:
     bits = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.uint8)[None]
     for name in ("F16", "BF16"):
         assert_same_bits(FORMATS[name].dequantize(bits), reference(FORMATS[name], bits))
+
+
+def test_every_code_of_mxfp4() -> None:
+    block = torch.tensor([[128, *(17 * code for code in range(16))]], dtype=torch.uint8)
+    want = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12]
+    assert FORMATS["MXFP4"].dequantize(block)[0].tolist() == want * 2
 
 
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
@@ -126,7 +142,10 @@ def test_affine_integers_have_the_stated_range(name: str) -> None:
         else (0, 2**entry.bits - 1)
     )
     assert affine.q.dtype == (torch.int8 if entry.signed else torch.uint8)
-    assert (affine.q.min().item(), affine.q.max().item()) == (low, high)
+    if name == "MXFP4":
+        assert sorted(set(affine.q.flatten().tolist())) == sorted(set(gguf.quants.MXFP4.kvalues))
+    else:
+        assert (affine.q.min().item(), affine.q.max().item()) == (low, high)
     if entry.signed:
         assert not affine.minimum.any()
 

@@ -45,6 +45,10 @@ def extreme_rows(entry: QuantFormat) -> Tensor:
     fills = [torch.full((entry.block_bytes,), f, dtype=torch.uint8) for f in (0, 0x55, 0x80, 0xFF)]
     noise = random_rows(entry, 1, entry.block_size)[0]
     rows = [*fills, noise]
+    if entry.name == "MXFP4":
+        powers = torch.cat((fills[3].repeat(256, 1), noise.repeat(256, 1)))
+        powers[:, 0] = torch.arange(256).repeat(2)
+        return torch.cat((torch.stack(rows), powers))
     for values in itertools.product(SPECIAL, repeat=len(HALVES[entry.name])):
         for base in (fills[0], fills[3], noise):
             row = base.clone()
@@ -79,6 +83,10 @@ def weights_by_index(planes: Planes) -> Tensor:
         q = q + (field(planes.high, plan.high_bits) << plan.low_bits)
     if plan.low_bits == 8:
         q = (q + 128) % 256 - 128
+    if planes.format.name == "MXFP4":
+        e2m1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+        numbers = torch.cat((e2m1, -e2m1))[q]
+        return numbers * 2.0 ** (planes.scales.double()[:, k // 32] - 127)
     scales = planes.scales.double()[:, k // plan.group]
     supers = None if planes.supers is None else planes.supers.double()[:, k // 256]
     if scales.dim() == 2:

@@ -63,11 +63,13 @@ PARAMETERS = {
     "llama-3.2-3b": 3212.7,
     "llama-3.1-8b": 8030.3,
     "mistral-7b": 7248.0,
+    "mixtral-8x7b": 46702.8,
     "phi-3.5-mini": 3821.1,
     "qwen2.5-0.5b": 494.0,
     "qwen2.5-7b": 7615.6,
     "qwen3-0.6b": 596.0,
     "qwen3-8b": 8190.7,
+    "qwen3-30b-a3b": 30532.1,
     "smollm2-135m": 134.5,
     "smollm2-1.7b": 1711.4,
 }
@@ -80,7 +82,7 @@ def matrices(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     found = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
     if not config.tie_embeddings:
         found["lm_head.weight"] = (config.vocab_size, hidden)
-    for i in range(config.num_layers):
+    for i, layer in enumerate(config.layers):
         attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
         if (mla := config.mla) is not None:
             latent = mla.kv_lora_rank + mla.qk_rope_head_dim
@@ -94,9 +96,17 @@ def matrices(config: DecoderConfig) -> dict[str, tuple[int, int]]:
             found[f"{mlp}.gate_up_proj.weight"] = (2 * inner, hidden)
         else:
             found |= {f"{attention}.{n}_proj.weight": (kv, hidden) for n in "kv"}
-            found |= {f"{mlp}.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
             found[f"{attention}.q_proj.weight"] = (q, hidden)
         found[f"{attention}.o_proj.weight"] = (hidden, config.num_heads * config.value_dim)
+        if layer.experts:
+            assert config.moe is not None
+            size, experts = config.moe.intermediate_size, range(config.moe.experts)
+            found[f"{mlp}.gate.weight"] = (config.moe.experts, hidden)
+            found |= {f"{mlp}.experts.{e}.up_proj.weight": (2 * size, hidden) for e in experts}
+            found |= {f"{mlp}.experts.{e}.down_proj.weight": (hidden, size) for e in experts}
+            continue
+        if not config.fused_gate_up:
+            found |= {f"{mlp}.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
         found[f"{mlp}.down_proj.weight"] = (hidden, inner)
     return found
 
@@ -198,9 +208,7 @@ def test_an_unknown_recipe_names_the_known_ones() -> None:
         matrix_type("q9", "lm_head.weight", 4096, case_config("llama-3.1-8b"))
 
 
-@pytest.mark.parametrize(
-    "name", [entry.name for entry in gguf_formats().values() if entry.unpack is not None]
-)
+@pytest.mark.parametrize("name", sorted({recipe.base for recipe in RECIPES.values()}))
 def test_random_blocks_look_like_weights(name: str) -> None:
     entry = next(e for e in gguf_formats().values() if e.name == name)
     weights = entry.dequantize(random_blocks(entry, 64, 512, torch.Generator().manual_seed(1)))
@@ -228,10 +236,10 @@ def test_floors(tiny: DecoderConfig) -> None:
     model = random_model(tiny_spec(), CPU)
     layer = 64 * (2 * 64 + 2 * 32 + 3 * 96)
     assert matmul_weights(tiny) == 2 * layer + 96 * 64
-    assert streamed_bytes(model) == 4 * matmul_weights(tiny)
+    assert streamed_bytes(model, 1) == 4 * matmul_weights(tiny)
     slow_memory = Ceilings(1e3, 2e3, 1e12)
     kv = 4 * (50 + 8) * 2 * 2 * 16 * 4  # batch, tokens, k and v, heads, elements, bytes
-    expected = (streamed_bytes(model) + kv) / 2e3
+    expected = (streamed_bytes(model, 4) + kv) / 2e3
     assert decode_floor_s(model, 4, 50, slow_memory) == pytest.approx(expected)
     slow_math = Ceilings(1e12, 1e12, 1e6)
     expected = 2 * 4 * matmul_weights(tiny) / 1e6
@@ -245,7 +253,7 @@ def test_an_embedding_of_its_own_is_not_streamed(monkeypatch: pytest.MonkeyPatch
     untied = replace(TINY, tie_embeddings=False)
     monkeypatch.setattr("squall.bench.subject.case_config", lambda name: untied)
     model = random_model(tiny_spec(), CPU)
-    assert model.nbytes - streamed_bytes(model) == 4 * 96 * 64
+    assert model.nbytes - streamed_bytes(model, 1) == 4 * 96 * 64
 
 
 def test_peers_by_case_and_size() -> None:

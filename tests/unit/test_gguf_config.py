@@ -137,7 +137,7 @@ def test_settings_that_tensors_tell(tmp_path: Path) -> None:
     tensors = {
         "output.weight": np.zeros((50, 64)),
         "blk.0.attn_q.bias": np.zeros(64),
-        "blk.0.ffn_gate.bias": np.zeros(96),
+        "blk.0.ffn_up.bias": np.zeros(96),
         "rope_freqs.weight": np.array(ROPE_FACTORS),
     }
     config = gguf_config(model(tmp_path, "llama", {}, tensors))
@@ -181,7 +181,16 @@ def test_gemma3_attention_scale(tmp_path: Path) -> None:
     assert gguf_config(model(tmp_path, "gemma3", largest))["query_pre_attn_scalar"] == 64 // 4
 
 
-_FULL_EVERY = {"cohere2": 4, "gemma2": 2, "gemma3": 6, "olmo2": 4, "phi3": 13, "starcoder2": 13}
+_FULL_EVERY = {
+    "cohere2": 4,
+    "exaone4": 4,
+    "gemma2": 2,
+    "gemma3": 6,
+    "gemma3n": 5,
+    "olmo2": 4,
+    "phi3": 13,
+    "starcoder2": 13,
+}
 
 
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "deepseek2"])
@@ -191,7 +200,7 @@ def test_configs_are_read_by_the_models(tmp_path: Path, architecture: str) -> No
     decoder = read_config(config["architectures"][0], ConfigReader(config, file.path))
     assert (decoder.num_layers, decoder.num_heads, decoder.num_kv_heads) == (12, 4, 2)
     assert (decoder.head_dim, decoder.vocab_size, decoder.tie_embeddings) == (16, 50, True)
-    assert decoder.attention_scale == pytest.approx(16**-0.5)
+    assert decoder.attention_scale == pytest.approx(1 if architecture == "gemma3n" else 16**-0.5)
     full = _FULL_EVERY.get(architecture, 1)  # each n-th layer sees all
     windows = [layer.window for layer in decoder.layers]
     assert windows == [0 if (i + 1) % full == 0 else 64 for i in range(12)]

@@ -136,6 +136,27 @@ def test_architecture_is_the_single_entry() -> None:
             find_architecture(reader(architectures=bad))
 
 
+def test_a_nested_config_leaves_out_what_its_class_defaults_to() -> None:
+    """As in the published Gemma 3 files with a vision part."""
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "num_attention_heads": 32}
+    nested = reader(text_config=text).sub("text_config")
+    assert nested.get_int("vocab_size") == 262208
+    assert nested.get_int("head_dim") == 256
+    assert nested.get_int("num_attention_heads") == 32
+    with pytest.raises(ModelLoadError, match=r"text_config\.vocab_size: missing"):
+        reader(text_config={"model_type": "mistral"}).sub("text_config").get_int("vocab_size")
+
+
+def test_one_integer_for_all_or_each() -> None:
+    sizes = reader(one=7, each=[3, 4], bad=[3, "4"])
+    assert sizes.get_each("one", 2) == [7, 7]
+    assert sizes.get_each("each", 2) == [3, 4]
+    with pytest.raises(ModelLoadError, match="each: expected 3 entries, found 2"):
+        sizes.get_each("each", 3)
+    with pytest.raises(ModelLoadError, match=r"bad\[1\]: expected int"):
+        sizes.get_each("bad", 2)
+
+
 def test_checkpoint_dtype() -> None:
     assert checkpoint_dtype(reader(torch_dtype="bfloat16")) == "bfloat16"
     assert checkpoint_dtype(reader(dtype="torch.float16")) == "float16"

@@ -14,7 +14,7 @@ MODEL_LEN = 131072
 
 
 def plan(facts: MemoryFacts = GPU, model_len: int = MODEL_LEN, **options: object) -> KVPlan:
-    return plan_kv(EngineOptions(**options), facts, TOKEN, model_len)
+    return plan_kv(EngineOptions(**options), facts, TOKEN * 32, model_len)
 
 
 def blocks(nbytes: float) -> int:
@@ -74,6 +74,55 @@ def test_the_message_has_all_the_numbers() -> None:
 def test_a_context_that_was_asked_for_needs_a_cache_as_large() -> None:
     with pytest.raises(KVMemoryError, match=re.escape("(--max-seq-len 512)")):
         plan(pa_ctxt_len=512, max_seq_len=1024)
+
+
+# Gemma 3 12B in bf16: 8 layers with full attention, 40 with a window, in groups of 8
+HYBRID = (0, *(1024,) * 5)
+HYBRID_BLOCK = 8 * 8192 * 32
+
+
+def hybrid(facts: MemoryFacts = GPU, **options: object) -> KVPlan:
+    return plan_kv(EngineOptions(**options), facts, HYBRID_BLOCK, MODEL_LEN, HYBRID)
+
+
+def test_windows_need_no_more_than_they_see() -> None:
+    facts = MemoryFacts("cuda:0", 80 * GIB, 16 * GIB, 54 * GIB, 0, lazy=False)
+    room = 16 * GIB // HYBRID_BLOCK
+    assert room // 6 * 32 < MODEL_LEN  # tokens in every layer
+    assert hybrid(facts, pa_gpu_mem=16 * 1024) == KVPlan(room, MODEL_LEN)
+    needed = 5 * (1024 // 32 + 1)
+    small = hybrid(facts, pa_gpu_mem=1024)
+    assert small.max_seq_len == (small.blocks - needed) * 32
+    assert hybrid(facts, pa_gpu_mem=1024, max_seq_len=small.max_seq_len).blocks == small.blocks
+    with pytest.raises(KVMemoryError) as error:
+        hybrid(facts, pa_gpu_mem=1024, max_seq_len=small.max_seq_len + 1)
+    assert f"(--max-seq-len {small.max_seq_len})" in str(error.value)
+    assert f"1.00 GiB needed for {small.max_seq_len + 1} tokens" in str(error.value)
+
+
+def test_a_sequence_shorter_than_the_window_needs_every_group_alike() -> None:
+    assert hybrid(pa_ctxt_len=640).blocks == 6 * 20
+    assert hybrid(pa_ctxt_len=640).max_seq_len == 640
+    assert hybrid(pa_ctxt_len=10_000).blocks == 6 * 313
+    assert hybrid(pa_ctxt_len=10_000).max_seq_len == (6 * 313 - 5 * 33) * 32
+    with pytest.raises(KVMemoryError, match="not even one block fits"):
+        hybrid(MemoryFacts("cuda:0", 24 * GIB, 5 * HYBRID_BLOCK, 20 * GIB, 0, lazy=False))
+
+
+def test_windows_alone_hold_any_length() -> None:
+    windows = (4096,)  # Mistral 7B v0.1 in bf16
+    found = plan_kv(EngineOptions(pa_ctxt_len=4128), GPU, TOKEN * 32, MODEL_LEN, windows)
+    assert found == KVPlan(129, MODEL_LEN)
+    less = plan_kv(EngineOptions(pa_ctxt_len=4096), GPU, TOKEN * 32, MODEL_LEN, windows)
+    assert less == KVPlan(128, 4096)
+
+
+def test_a_cpu_gets_windows_for_all_sequences_and_one_step() -> None:
+    facts = MemoryFacts("cpu", 64 * GIB, 60 * GIB, GIB, GIB, lazy=True)
+    found = plan_kv(EngineOptions(max_seqs=2), facts, 4096, 10_000, (0, 100))
+    assert found == KVPlan(2 * (313 + 5) + 2 * (2048 // 32), 10_000)
+    short = plan_kv(EngineOptions(max_seqs=2), facts, 4096, 320, (0, 100))
+    assert short == KVPlan(2 * 10 * 2, 320)
 
 
 @pytest.mark.parametrize("free", [0, GIB, 2 * GIB])

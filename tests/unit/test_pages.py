@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from squall.runtime.pages import BlockPool, blocks_for
+from squall.runtime.pages import BlockPool, blocks_for, blocks_needed, longest_sequence
 
 
 @pytest.mark.parametrize(
@@ -13,6 +13,37 @@ from squall.runtime.pages import BlockPool, blocks_for
 )
 def test_blocks_for(tokens: int, block_size: int, blocks: int) -> None:
     assert blocks_for(tokens, block_size) == blocks
+
+
+@given(st.integers(0, 200), st.integers(1, 9), st.lists(st.integers(0, 40), min_size=1, max_size=3))
+def test_blocks_needed_are_those_that_visible_tokens_lie_in(
+    tokens: int, block_size: int, windows: list[int]
+) -> None:
+    most = 0
+    for query in range(tokens):
+        first = [max(0, query - w + 1) if w else 0 for w in windows]
+        held = sum(query // block_size - start // block_size + 1 for start in first)
+        most = max(most, held)
+    needed = blocks_needed(tokens, block_size, tuple(windows))
+    # with several groups and before windows have met all offsets, fewer may be enough
+    longer = tokens + (len(windows) + 1) * 10 * max(windows)
+    assert most <= needed <= blocks_needed(longer, block_size, tuple(windows))
+    if len(windows) == 1 and tokens >= windows[0] + block_size:
+        assert most == needed
+
+
+@given(
+    st.integers(1, 300),
+    st.integers(0, 90),
+    st.integers(1, 9),
+    st.lists(st.integers(0, 40), min_size=1, max_size=3),
+)
+def test_the_longest_sequence_is_the_longest_that_fits(
+    limit: int, blocks: int, block_size: int, windows: list[int]
+) -> None:
+    groups = tuple(windows)
+    fitting = [n for n in range(limit + 1) if blocks_needed(n, block_size, groups) <= blocks]
+    assert longest_sequence(limit, blocks, block_size, groups) == fitting[-1]
 
 
 def test_hands_out_every_block_once() -> None:

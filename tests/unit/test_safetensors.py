@@ -51,8 +51,8 @@ def test_reads_what_the_reference_writes(tmp_path: Path) -> None:
     assert set(folder.names()) == set(tensors)
     for name, expected in tensors.items():
         actual = folder.tensor(name)
-        assert folder.shape(name) == tuple(expected.shape)
-        assert folder.dtype(name) == expected.dtype == actual.dtype
+        assert folder.info(name).shape == tuple(expected.shape)
+        assert folder.info(name).dtype == expected.dtype == actual.dtype
         assert actual.shape == expected.shape
         assert actual.flatten().view(torch.uint8).equal(expected.flatten().view(torch.uint8))
     assert folder.nbytes == sum(t.nbytes for t in tensors.values())
@@ -281,9 +281,25 @@ def test_fuzz_damaged_files_fail_or_read_in_bounds(tmp_path: Path) -> None:
         assert set(folder.names()) == set(infos)
         for name in folder.names():
             tensor = folder.tensor(name).clone()
-            assert tensor.shape == folder.shape(name)
+            assert tensor.shape == folder.info(name).shape
             assert tensor.nbytes == infos[name].end - infos[name].begin
         outcomes["read"] += 1
     assert outcomes["read"] > 50
     assert sum(outcomes.values()) == 2500
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 64 << 10  # KiB
+
+
+def test_renamed_tensors(tmp_path: Path) -> None:
+    save_file(
+        {"a.x": torch.ones(2), "b.x": torch.zeros(3), "c": torch.ones(1)},
+        tmp_path / "m.safetensors",
+    )
+    folder = SafetensorsFolder.open(tmp_path)
+    part = folder.renamed(lambda name: name[2:] if name.startswith("a.") else None)
+    assert part.names() == ["x"]
+    assert part.nbytes == 8
+    assert torch.equal(part.tensor("x"), torch.ones(2))
+    with pytest.raises(ModelLoadError, match=r"tensor a\.x is missing"):
+        part.tensor("a.x")
+    with pytest.raises(ModelLoadError, match=r"b\.x is there twice, as x"):
+        folder.renamed(lambda name: name[2:] if "." in name else None)

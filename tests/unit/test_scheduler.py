@@ -20,6 +20,7 @@ from squall.runtime.scheduler import (
     apply_results,
     finish,
     plan,
+    slide,
 )
 
 EOS = 7
@@ -44,6 +45,7 @@ class Simulation:
         return add(self.state, self.limits, request)
 
     def step(self) -> Plan:
+        slide(self.state, self.limits)
         step = plan(self.state, self.limits)
         apply(self.state, step)
         for chunk in step.chunks:
@@ -60,7 +62,7 @@ class Simulation:
         assert self.state.pool.used_blocks == 0
 
 
-def limits_of(**changes: int) -> Limits:
+def limits_of(windows: tuple[int, ...] = (0,), **changes: int) -> Limits:
     values = {
         "max_seqs": 4,
         "token_budget": 16,
@@ -68,7 +70,7 @@ def limits_of(**changes: int) -> Limits:
         "max_queue": 64,
         "max_seq_len": 64,
     }
-    return Limits(**(values | changes))
+    return Limits(**(values | changes), windows=windows)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +302,58 @@ def test_one_step_may_be_planned_before_the_last_is_booked() -> None:
     assert apply_results(sim.state, first.chunks[0], 4) is None
     assert apply_results(sim.state, second.chunks[0], 5) == "length"
     assert (seq.output_ids, sim.state.pool.used_blocks) == ([4, 5], 0)
+
+
+def test_a_window_keeps_the_blocks_that_the_next_token_sees() -> None:
+    sim = Simulation(limits_of((0, 6)), 64)
+    seq = sim.add(request_of(0, 14, 8))
+    held = []
+    while not sim.state.idle:
+        sim.step()
+        held.append((len(seq.blocks[0]), seq.slid[1], seq.held))
+    # computed: 14 in one step, which needs all; then token 14 sees 9..14, 16 sees 11..16, ...
+    assert held[:4] == [(4, 0, 8), (4, 2, 6), (4, 2, 6), (5, 2, 8)]
+    assert held[4:7] == [(5, 3, 7), (5, 3, 7), (5, 3, 7)]
+    assert sim.state.pool.used_blocks == 0
+
+
+def test_what_slid_out_is_marked_and_free_before_it_is_planned_with() -> None:
+    sim = Simulation(limits_of((6,)), 3)
+    seq = sim.add(request_of(0, 9, 50))
+    sim.step()
+    assert sim.state.pool.free_blocks == 0
+    for _ in range(40):
+        sim.step()
+    assert (seq.preemptions, len(seq.output_ids)) == (0, 41)
+    first = (seq.computed - 1 - 5) // 4
+    assert seq.blocks[0][:first] == [-1] * first
+    assert seq.held == len(seq.blocks[0]) - first <= 3
+
+
+def test_a_windows_worth_of_blocks_is_enough_for_any_length() -> None:
+    sim = Simulation(limits_of((0, 6), token_budget=64), 16 + 3)
+    seq = sim.add(request_of(0, 40, None))
+    lengths = []
+    while not sim.state.idle:
+        lengths += [chunk.length for chunk in sim.step().chunks]
+    assert lengths[:2] == [36, 4]  # nine blocks in both groups, then seven are free again
+    assert len(seq.output_ids) == 24
+    with pytest.raises(RequestTooLargeError, match=r"need 63 tokens .* holds 60"):
+        add(State(BlockPool(18)), sim.limits, request_of(0, 40, None))
+
+
+def test_chunks_leave_others_the_blocks_that_come_back_only_after_the_step() -> None:
+    sim = Simulation(limits_of((0, 4), token_budget=64), 24)
+    for i in (1, 2):
+        sim.add(request_of(i, 4, 12))
+    sim.step()
+    old = sim.add(request_of(0, 40, 4, priority=1))
+    lengths = []
+    while not sim.state.idle:
+        lengths += [chunk.length for chunk in sim.step().chunks if chunk.seq is old]
+    # 16, 9 and 7 blocks are free: two for each of the others stay so
+    assert lengths[:3] == [24, 8, 4]
+    assert sim.state.preemptions == 0
 
 
 def test_pure_parts_do_not_import_torch() -> None:

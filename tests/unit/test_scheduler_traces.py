@@ -1,7 +1,7 @@
 """Random traces through the scheduler, against a simulated model and a simulated paged cache.
 
-The next token is a hash of everything the sequence's blocks hold, so a token that was computed
-out of order, twice, not at all, or overwritten through a shared block changes the output.
+The next token is a hash of everything that the sequence sees in its blocks, so a token that was
+computed out of order, twice, not at all, or overwritten through a shared block changes the output.
 """
 
 import random
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from squall.runtime.pages import BlockPool, blocks_for
+from squall.runtime.pages import BlockPool, blocks_for, blocks_needed
 from squall.runtime.params import SamplingParams
 from squall.runtime.request import EngineRequest, Sequence
 from squall.runtime.scheduler import (
@@ -27,6 +27,7 @@ from squall.runtime.scheduler import (
     apply,
     apply_results,
     plan,
+    slide,
 )
 
 VOCAB = 40
@@ -37,13 +38,18 @@ def next_token(tokens: Iterable[int]) -> int:
     return zlib.crc32(bytes(tokens)) % VOCAB
 
 
-def expected_output(request: EngineRequest, max_seq_len: int) -> list[int]:
+def seen(tokens: list[int], windows: tuple[int, ...]) -> list[int]:
+    """What the newest token sees: in every group of layers all tokens, or the last of them."""
+    return [token for window in windows for token in (tokens[-window:] if window else tokens)]
+
+
+def expected_output(request: EngineRequest, limits: Limits) -> list[int]:
     """What the simulated model generates when nobody else is there."""
     tokens = list(request.prompt_ids)
-    room = max(1, max_seq_len - len(tokens))
+    room = max(1, limits.max_seq_len - len(tokens))
     stops = () if request.params.ignore_eos else request.eos_ids
     for _ in range(min(request.params.max_tokens or room, room)):
-        token = next_token(tokens)
+        token = next_token(seen(tokens, limits.windows))
         if token in stops:
             break
         tokens.append(token)
@@ -68,6 +74,7 @@ def snapshot(state: State) -> object:
     pool = state.pool
     return (
         sequences,
+        [[list(table) for table in seq.blocks] for seq in state.running],
         [seq.request.id for seq in state.waiting],
         [seq.request.id for seq in state.running],
         (list(pool._free), bytes(pool._used)),
@@ -113,10 +120,12 @@ class Simulation:
         seq = abort(self.state, request_id)
         self.check_blocks()
         if seq is not None:
-            expected = expected_output(seq.request, self.limits.max_seq_len)
+            expected = expected_output(seq.request, self.limits)
             assert seq.output_ids == expected[: len(seq.output_ids)]
 
     def step(self) -> Plan:
+        slide(self.state, self.limits)
+        self.check_slid()
         before = snapshot(self.state)
         step = plan(self.state, self.limits)
         assert snapshot(self.state) == before
@@ -125,7 +134,7 @@ class Simulation:
         apply(self.state, step)
         for seq, output in outputs.items():
             assert seq.output_ids == output
-            assert (seq.computed, seq.blocks) == (0, [])
+            assert (seq.computed, seq.blocks) == (0, [[] for _ in self.limits.windows])
             self.next_start[seq.request.id] = 0
         self.check_blocks()
         samples = [self.compute(chunk.seq, chunk.start, chunk.length) for chunk in step.chunks]
@@ -154,14 +163,24 @@ class Simulation:
         return next(token for chunk, token in self.launched if chunk.seq is seq)
 
     def compute(self, seq: Sequence, start: int, length: int) -> int:
-        """Store the chunk, then let its last token see all the sequence has in memory."""
+        """Store the chunk in all groups; each of its tokens then looks back as far as it sees.
+        Returns what the last one saw."""
         assert start == self.next_start[seq.request.id]
         self.next_start[seq.request.id] = start + length
-        size = self.limits.block_size
-        slots = [seq.blocks[i // size] * size + i % size for i in range(start + length)]
-        for i in range(start, start + length):
-            self.memory[slots[i]] = self.token(seq, i)
-        return next_token([self.memory[slot] for slot in slots])
+        size, end = self.limits.block_size, start + length
+        tokens = [self.token(seq, i) for i in range(end)]
+        last: list[int] = []
+        for table, window in zip(seq.blocks, self.limits.windows, strict=True):
+            first = max(0, start - window + 1) if window else 0
+            slots = {i: table[i // size] * size + i % size for i in range(first, end)}
+            assert min(slots.values()) >= 0  # no entry that slid out
+            for i in range(start, end):
+                self.memory[slots[i]] = tokens[i]
+            assert [self.memory[slots[i]] for i in range(first, end)] == tokens[first:]
+            last += [
+                self.memory[slots[i]] for i in range(max(0, end - window) if window else 0, end)
+            ]
+        return next_token(last)
 
     def check_plan(self, step: Plan) -> None:
         state, limits = self.state, self.limits
@@ -187,9 +206,15 @@ class Simulation:
 
     def check_blocks(self) -> None:
         state = self.state
-        used = [block for seq in state.running for block in seq.blocks]
+        used = [
+            block
+            for seq in state.running
+            for table, slid in zip(seq.blocks, seq.slid, strict=True)
+            for block in table[slid:]
+        ]
         assert len(set(used)) == len(used) == state.pool.used_blocks
-        assert not any(seq.blocks or seq.computed for seq in state.waiting)
+        assert sum(seq.held for seq in state.running) == len(used)
+        assert not any(seq.held or seq.blocks[0] or seq.computed for seq in state.waiting)
         assert len(state.running) <= self.limits.max_seqs
         waiting = [seq.order for seq in state.waiting]
         running = [seq.order for seq in state.running]
@@ -200,8 +225,21 @@ class Simulation:
         assert len(state.running) + len(state.waiting) == len(state.by_id)
         for seq in state.running:
             size = self.limits.block_size
-            assert blocks_for(seq.computed, size) <= len(seq.blocks)
-            assert len(seq.blocks) <= blocks_for(seq.max_length - 1, size)
+            for table, slid in zip(seq.blocks, seq.slid, strict=True):
+                assert blocks_for(seq.computed, size) <= len(table) == len(seq.blocks[0])
+                assert len(table) <= blocks_for(seq.max_length - 1, size)
+                assert table[:slid] == [-1] * slid
+                assert all(block >= 0 for block in table[slid:])
+
+    def check_slid(self) -> None:
+        """Nobody keeps more than the next token sees."""
+        size, windows = self.limits.block_size, self.limits.windows
+        self.check_blocks()
+        for seq in self.state.running:
+            first = [max(0, seq.computed - w + 1) // size if w else 0 for w in windows]
+            assert seq.slid == first
+            # one block more than tokens there are: growth comes after
+            assert seq.held <= blocks_needed(seq.computed + 1, size, windows)
 
     def finish(self) -> dict[int, list[int]]:
         """Run to the end, within a bound, and return the outputs by request id."""
@@ -216,9 +254,13 @@ class Simulation:
         assert self.state.idle
         assert self.state.pool.used_blocks == 0
         for seq in self.finished.values():
-            assert seq.output_ids == expected_output(seq.request, self.limits.max_seq_len)
+            assert seq.output_ids == expected_output(seq.request, self.limits)
             assert seq.finish_reason == ("length" if seq.stop_token is None else "stop")
         return {number: seq.output_ids for number, seq in self.finished.items()}
+
+
+# Mostly one group with full attention, as most models are.
+WINDOWS = st.just((0,)) | st.lists(st.integers(0, 14), min_size=1, max_size=3).map(tuple)
 
 
 @st.composite
@@ -230,6 +272,7 @@ def limits_strategy(draw: st.DrawFn) -> Limits:
         block_size=draw(st.integers(1, 5)),
         max_queue=draw(st.integers(1, 12)),
         max_seq_len=draw(st.integers(2, 40)),
+        windows=draw(WINDOWS),
     )
 
 
@@ -267,10 +310,20 @@ def test_any_trace(
 @pytest.mark.parametrize("fifo", [True, False])
 @pytest.mark.parametrize("seed", range(4))
 def test_long_traces_with_a_tiny_pool(seed: int, fifo: bool, ahead: bool) -> None:
+    long_trace(seed, (0,), fifo, ahead)
+
+
+@pytest.mark.parametrize("windows", [(20,), (0, 7), (0, 12, 12, 5)])
+@pytest.mark.parametrize("seed", range(2))
+def test_long_traces_with_windows(seed: int, windows: tuple[int, ...]) -> None:
+    long_trace(seed, windows, fifo=seed > 0, ahead=True)
+
+
+def long_trace(seed: int, windows: tuple[int, ...], fifo: bool, ahead: bool) -> None:
     rng = random.Random(seed)
     max_seqs = rng.randint(3, 12)
-    limits = Limits(max_seqs, max_seqs + rng.randint(1, 20), rng.randint(1, 6), 40, 60)
-    fits_one = blocks_for(59, limits.block_size)
+    limits = Limits(max_seqs, max_seqs + rng.randint(1, 20), rng.randint(1, 6), 40, 60, windows)
+    fits_one = blocks_needed(59, limits.block_size, windows)
     sim = Simulation(limits, fits_one + rng.randint(0, 4), fifo=fifo, ahead=ahead)
     added: list[int] = []
     aborted: set[int] = set()
@@ -288,22 +341,26 @@ def test_long_traces_with_a_tiny_pool(seed: int, fifo: bool, ahead: bool) -> Non
             sim.step()
     assert set(sim.finish()) == set(added) - aborted
     assert len(sim.finished) > 50
-    assert sim.state.preemptions > 10
+    assert sim.state.preemptions > (3 if any(windows) else 10)
 
 
+@pytest.mark.parametrize(("windows", "tiny"), [((0,), 14), ((0, 6), 18), ((20, 20), 14)])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_tiny_pool_and_a_huge_one_give_the_same_output(seed: int) -> None:
+def test_a_tiny_pool_and_a_huge_one_give_the_same_output(
+    seed: int, windows: tuple[int, ...], tiny: int
+) -> None:
     rng = random.Random(seed)
     requests = [
         request_of(i, rng.randint(1, 30), rng.randint(1, 25), rng.randint(0, 1)) for i in range(40)
     ]
     outputs = []
-    for num_blocks, budget in ((14, 9), (10_000, 4096)):
-        sim = Simulation(Limits(8, budget, 4, 40, 56), num_blocks, fifo=False, ahead=seed > 0)
+    for num_blocks, budget in ((tiny, 9), (10_000, 4096)):
+        limits = Limits(8, budget, 4, 40, 56, windows)
+        sim = Simulation(limits, num_blocks, fifo=False, ahead=seed > 0)
         for request in requests:
             assert sim.add(request) is not None
         outputs.append(sim.finish())
-        assert (sim.state.preemptions > 0) == (num_blocks == 14)
+        assert (sim.state.preemptions > 0) == (num_blocks == tiny)
     assert outputs[0] == outputs[1]
     assert len(outputs[0]) == 40
 

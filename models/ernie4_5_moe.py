@@ -1,0 +1,28 @@
+"""ERNIE 4.5 with experts: chosen by corrected scores, behind some dense layers."""
+
+from dataclasses import replace
+
+from squall.models import ernie4_5
+from squall.models.config import ConfigReader, DecoderConfig, MoEConfig, RouterConfig
+
+
+def read_config(reader: ConfigReader) -> DecoderConfig:
+    config = ernie4_5.read_config(reader)
+    experts, size = reader.get_int("moe_num_experts"), reader.get_int("moe_intermediate_size")
+    shared = (reader.get_int("moe_num_shared_experts", 0) or 0) * size
+    moe = MoEConfig(
+        experts,
+        size,
+        RouterConfig(reader.get_int("moe_k"), renormalize=True),
+        correction="mlp.moe_statics.e_score_correction_bias",
+        correction_shape=(1, experts),
+        shared="mlp.shared_experts" if shared else None,
+        shared_size=shared,
+    )
+    first, last = reader.get_int("moe_layer_start_index", 1), config.num_layers - 1
+    end, step = reader.get_int("moe_layer_end_index", -1), reader.get_int("moe_layer_interval", 1)
+    layers = tuple(
+        replace(layer, experts=first <= i <= (last if end == -1 else end) and (i + 1) % step == 0)
+        for i, layer in enumerate(config.layers)
+    )
+    return replace(config, moe=moe, layers=layers)

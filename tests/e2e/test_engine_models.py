@@ -1,0 +1,34 @@
+"""Models whose decode steps differ from Llama's, in the engine: the texts of sequences computed
+together are those of each recomputed alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from squall.loaders.progress import NoProgress
+from squall.models.batch import KVCache
+from squall.runtime.engine import Engine
+from squall.runtime.scheduler import Limits
+from tests.e2e.test_engine import BLOCK, PROMPTS, greedy, request, run
+from tests.e2e.test_golden_logits import CASES, load, save_random
+
+LENGTH = 40  # tokens the tables are built for
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("case", ["gemma3n", "hunyuan", "cohere-qk-norm", "ministral3"])
+def test_texts_do_not_depend_on_company(case: str, device: str, tmp_path: Path) -> None:
+    save_random(tmp_path, *CASES[case])
+    model = load(tmp_path, device)
+    config = model.config
+    shape, layers = config.kv_shape, config.num_caches
+    cache = KVCache.allocate(layers, 60, BLOCK, shape, torch.float32, model.device)
+    for tensor in cache.keys + cache.values:
+        tensor.fill_(float("nan"))  # whatever is read without having been written shows
+    engine = Engine(model, cache, Limits(4, 16, BLOCK, 100, LENGTH))
+    if device == "cuda":
+        engine.runner.capture(NoProgress())
+    prompts = [prompt[:20] for prompt in PROMPTS]
+    found = run(engine, (request(i, prompt, max_tokens=12) for i, prompt in enumerate(prompts)))
+    assert [found[i] for i in range(len(prompts))] == [greedy(model, p, 12) for p in prompts]
