@@ -17,7 +17,10 @@ LENGTH = 40  # tokens the tables are built for
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("case", ["gemma3n", "hunyuan", "cohere-qk-norm", "ministral3"])
+@pytest.mark.parametrize(
+    "case",
+    ["gemma3n", "hunyuan", "cohere-qk-norm", "ministral3", "deepseek_v2", "deepseek_v3-experts"],
+)
 def test_texts_do_not_depend_on_company(case: str, device: str, tmp_path: Path) -> None:
     save_random(tmp_path, *CASES[case])
     model = load(tmp_path, device)
