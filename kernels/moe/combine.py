@@ -1,6 +1,7 @@
 """``stream[t] += sum over j of weights[t, j] * y[t * k + j]``: the experts' results put together.
 
-``y`` is ``[T * k, D]``, f32, f16 or bf16, ``weights`` float32 ``[T, k]``, ``stream`` float32
+``y`` is ``[T * k, D]``, or with ``places`` (int32 ``[T * k]``) has the row of a pair at its place;
+it is f32, f16 or bf16, ``weights`` float32 ``[T, k]``, ``stream`` float32
 ``[T, D]``, its rows may be strided. Sums are float32, in the order of j.
 """
 
@@ -16,6 +17,7 @@ _BLOCK = 512
 @kernel
 def _combine_kernel(  # type: ignore[no-untyped-def]
     y_ptr,
+    places_ptr,
     weights_ptr,
     stream_ptr,
     stream_stride,
@@ -33,18 +35,22 @@ def _combine_kernel(  # type: ignore[no-untyped-def]
     total = tl.load(target, mask=inside, other=0.0)
     for j in tl.static_range(TOP_K):
         pair = token * TOP_K + j
-        y = tl.load(y_ptr + pair * DIM + column, mask=inside, other=0.0).to(tl.float32)
+        row = pair
+        if places_ptr is not None:
+            row = tl.load(places_ptr + pair).to(tl.int64)
+        y = tl.load(y_ptr + row * DIM + column, mask=inside, other=0.0).to(tl.float32)
         total += tl.load(weights_ptr + pair) * y
     tl.store(target, total, mask=inside)
 
 
-def combine(y: Tensor, weights: Tensor, stream: Tensor) -> None:
+def combine(y: Tensor, places: Tensor | None, weights: Tensor, stream: Tensor) -> None:
     """Add to ``stream`` (see the module's docstring); T >= 1."""
     (tokens, dim), top_k = stream.shape, weights.shape[1]
-    assert y.shape == (tokens * top_k, dim), f"y {y.shape}, stream {stream.shape}"
+    assert y.shape[1] == dim, f"y {y.shape}, stream {stream.shape}"
+    assert places is not None or y.shape[0] == tokens * top_k, f"y {y.shape}"
     assert y.is_contiguous() and weights.is_contiguous(), "rows must be dense"  # noqa: PT018
     launch = dependent_launch(y.device)
     _combine_kernel[(tokens, -(-dim // _BLOCK))](
-        y, weights, stream, stream.stride(0), dim, top_k, _BLOCK, bool(launch),
+        y, places, weights, stream, stream.stride(0), dim, top_k, _BLOCK, bool(launch),
         num_warps=4, **launch,
     )  # fmt: skip

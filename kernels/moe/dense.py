@@ -24,7 +24,7 @@ from squall.kernels.cases import BF16, BOTH, Case, random
 from squall.kernels.linear_gemv import expert_gemv
 from squall.kernels.linear_gemv import supports as gemv_supports
 from squall.kernels.moe.combine import combine
-from squall.kernels.moe.grouped import gather, scatter
+from squall.kernels.moe.grouped import grouped
 from squall.kernels.moe.sort import block_for, sort_pairs
 from squall.kernels.op import op
 from squall.kernels.rmsnorm import rms_norm
@@ -87,18 +87,19 @@ def dense_experts_launcher(
     if tokens == 0:
         return
     x = x.contiguous()
-    y = torch.empty((tokens * top_k, dim), dtype=down.dtype, device=x.device)
     if tokens == 1 and gemv_supports(gate_up[0]) and gemv_supports(down[0]):
         hidden = torch.empty((top_k, inner), dtype=down.dtype, device=x.device)
         expert_gemv(x, gate_up, gate_up_bias, ids, activation, hidden, norm, eps)
+        y = torch.empty((top_k, dim), dtype=down.dtype, device=x.device)
         expert_gemv(hidden, down, down_bias, ids, "none", y)
+        combine(y, None, weights, stream)
     else:
         if norm is not None:
             x = rms_norm(x, norm, eps, gate_up.dtype)
         tiles = sort_pairs(ids, experts, block_for(ids.numel(), experts))
-        hidden = gather(x, gate_up, gate_up_bias, tiles, top_k, activation)
-        scatter(hidden, down, down_bias, tiles, y)
-    combine(y, weights, stream)
+        hidden = grouped(x, gate_up, gate_up_bias, tiles, top_k, activation)
+        y = grouped(hidden, down, down_bias, tiles, 0, "none")
+        combine(y, tiles.places, weights, stream)
 
 
 def _fake(*_arguments: object) -> None:

@@ -1,6 +1,6 @@
-"""Products of many pairs of token and expert with weights in planes, on tensor cores: ``gather``
-and ``scatter`` of :mod:`squall.kernels.moe.grouped`, with weights dequantised as
-:mod:`squall.kernels.quant.gemm` does. The planes have the rows of all experts, one below the other.
+"""Products of many pairs of token and expert with weights in planes, on tensor cores: those of
+:mod:`squall.kernels.moe.grouped`, with weights dequantised as :mod:`squall.kernels.quant.gemm`
+does. The planes have the rows of all experts, one below the other.
 """
 
 import torch
@@ -67,8 +67,9 @@ def _plane_grouped_kernel(  # type: ignore[no-untyped-def]
         expert = tl.load(experts_ptr + m)
         slot, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
         place = m.to(tl.int64) * BLOCK_M + slot
-        pair = tl.load(order_ptr + place, mask=slot < rows, other=0).to(tl.int64)
-        x_row, y_row = (pair // SHARE, place) if GATHER else (place, pair)
+        x_row = place
+        if GATHER:
+            x_row = tl.load(order_ptr + place, mask=slot < rows, other=0).to(tl.int64) // SHARE
         x_tile = x_ptr + (x_row * x_stride)[:, None] + column[None, :]
         first_row = expert.to(tl.int64) * (features * (2 if GATED else 1))
         feature = tile * (BLOCK_N // 2 if GATED else BLOCK_N)
@@ -93,7 +94,7 @@ def _plane_grouped_kernel(  # type: ignore[no-untyped-def]
         if bias_ptr is not None:
             bias_ptr += first_row
         NOWHERE: tl.constexpr = 1 << 30
-        y_row = tl.where(slot < rows, y_row, NOWHERE)
+        y_row = tl.where(slot < rows, place, NOWHERE)
         finish_tile(z, bias_ptr, y_ptr, y_row, NOWHERE, features, y_stride, tile, ACTIVATION, False)
 
 
@@ -116,9 +117,8 @@ def plane_grouped(
     activation: str,
     y: Tensor,
 ) -> None:
-    """Gather with ``share`` pairs a token, ``y [places, F]``; or scatter (``share`` 0), ``x
-    [places, K]`` and ``y [P, F]``. Rows of x and y may be strided; ``bias`` is ``[E, N]``, its rows
-    contiguous."""
+    """Write ``y [places, F]``; ``x`` is ``[T, K]``, of ``share`` pairs a token, or ``[places, K]``
+    (``share`` 0). Rows of x and y may be strided; ``bias [E, N]`` is contiguous."""
     (low, high, scales, supers), plan = planes, layout(ggml_type)
     features, k = y.shape[1], x.shape[1]
     gates = 1 + (activation != "none")

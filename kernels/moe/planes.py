@@ -107,17 +107,19 @@ def plane_experts_launcher(
     if ids.shape[0] == 0:
         return
     parts, ((planes, kind),) = _parts(gate_up, up_types), _parts(down, [down_type])
-    y = x.new_empty((ids.numel(), stream.shape[1]), dtype=dtype)
     if _sparse(ids.shape[0], dtype):
         hidden = _up(x, norm, eps, parts, gate_up_bias, ids, None, experts, activation, dtype)
+        y = x.new_empty((ids.numel(), stream.shape[1]), dtype=dtype)
         expert_gemv(hidden, planes, kind, down_bias, ids, "none", y)
+        combine(y, None, weights, stream)
     else:
         if norm is not None:
             x = rms_norm(x, norm, eps, dtype)
         tiles = sort_pairs(ids, experts, block_for(ids.numel(), experts))
         hidden = _up(x, None, eps, parts, gate_up_bias, ids, tiles, experts, activation, dtype)
+        y = x.new_empty((hidden.shape[0], stream.shape[1]), dtype=dtype)
         plane_grouped(hidden, planes, kind, down_bias, tiles, 0, "none", y)
-    combine(y, weights, stream)
+        combine(y, tiles.places, weights, stream)
 
 
 def _up(

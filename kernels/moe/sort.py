@@ -24,9 +24,11 @@ _TILES = 256  # tiles declared empty at a time
 
 class Tiles(NamedTuple):
     """``order`` int32 ``[tiles * block]``: the pair at each place of each tile, undefined past a
-    tile's rows; ``experts`` and ``rows`` int32 ``[tiles]``."""
+    tile's rows; ``places`` int32 ``[T * k]``: the place of each pair; ``experts`` and ``rows``
+    int32 ``[tiles]``."""
 
     order: Tensor
+    places: Tensor
     experts: Tensor
     rows: Tensor
     block: int
@@ -72,7 +74,7 @@ def _describe(  # type: ignore[no-untyped-def]
 @kernel(do_not_specialize=["pairs", "tiles"])
 def _sort_kernel(  # type: ignore[no-untyped-def]
     ids_ptr,
-    ranks_ptr,
+    places_ptr,
     counts_ptr,
     order_ptr,
     experts_ptr,
@@ -103,15 +105,16 @@ def _sort_kernel(  # type: ignore[no-untyped-def]
     if STEP != "place":
         rank = _count(expert, counts_ptr, inside)
     if STEP == "count":
-        tl.store(ranks_ptr + i, rank, mask=inside)
+        tl.store(places_ptr + i, rank, mask=inside)  # places to be
     else:
         if STEP == "all":
             tl.debug_barrier()
         else:
-            rank = tl.load(ranks_ptr + i, mask=inside, other=0)
+            rank = tl.load(places_ptr + i, mask=inside, other=0)
         counts, starts = _first_tiles(counts_ptr, E, BLOCK_E, BLOCK)
         place = tl.gather(starts, expert, 0) * BLOCK + rank
         tl.store(order_ptr + place, i, mask=inside)
+        tl.store(places_ptr + i, place, mask=inside)
         if tl.program_id(0) == 0:
             _describe(experts_ptr, rows_ptr, counts, starts, tiles, E, BLOCK, TILES)
 
@@ -128,14 +131,14 @@ def sort_pairs(ids: Tensor, experts: int, block: int) -> Tiles:
     tiles = min(pairs, pairs // block + min(experts, pairs))
     order = torch.empty(tiles * block, dtype=torch.int32, device=device)
     described = torch.empty((2, tiles), dtype=torch.int32, device=device)
-    ranks = torch.empty(pairs, dtype=torch.int32, device=device)
+    places = torch.empty(pairs, dtype=torch.int32, device=device)
     alone = pairs <= _ALONE
     counts = (torch.empty if alone else torch.zeros)(experts, dtype=torch.int32, device=device)
     launch = dependent_launch(device)
     chunk = max(32, next_power_of_2(min(pairs, _ALONE)))
     for step in ("all",) if alone else ("count", "place"):
         _sort_kernel[(-(-pairs // chunk),)](
-            ids, ranks, counts, order, *described, pairs, tiles, step, experts,
+            ids, places, counts, order, *described, pairs, tiles, step, experts,
             next_power_of_2(experts), block, chunk, _TILES, bool(launch), num_warps=4, **launch,
         )  # fmt: skip
-    return Tiles(order, described[0], described[1], block)
+    return Tiles(order, places, described[0], described[1], block)
