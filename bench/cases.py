@@ -134,7 +134,7 @@ _DEEPSEEK_V2_LITE = _llama(
         "mscale": 0.707,
         "mscale_all_dim": 0.707,
     },
-    first_k_dense_replace=27,  # 1 in the model, whose other layers have these experts
+    first_k_dense_replace=1,
     moe_intermediate_size=1408,
     n_routed_experts=64,
     n_shared_experts=2,
@@ -230,24 +230,28 @@ def attention_shapes(config: DecoderConfig) -> list[tuple[int, int]]:
 
 
 def weight_shapes(config: DecoderConfig, split_values: bool) -> list[tuple[int, int]]:
-    """(out_features, in_features) of every product of a decoder step, head last, without repeats.
+    """(out_features, in_features) of every product of a decoder step but those of experts, head
+    last, without repeats.
 
     q, k and v are one product. ``split_values``: v is one of its own, as in quantised files that
     give it a type of its own.
     """
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
-    mlp = [(2 * inner, hidden), (hidden, inner)]
-    if all(layer.experts for layer in config.layers):
-        assert config.moe is not None
-        mlp = [(config.moe.experts, hidden)]
-    attention = attention_shapes(config)
+    hidden = config.hidden_size
+    attention, sizes, routers = attention_shapes(config), [], []
+    if not all(layer.experts for layer in config.layers):
+        sizes.append(config.intermediate_size)
+    if config.moe is not None:
+        routers.append((config.moe.experts, hidden))
+        sizes += [config.moe.shared_size] if config.moe.shared else []
+    mlp = [shape for size in sizes for shape in ((2 * size, hidden), (hidden, size))]
     if config.mla is not None:
         del attention[-2]  # used head by head, or for the tokens of whole prompts
     elif split_values:
         attention[1:1] = [(q + kv, hidden), (kv, hidden)]
     shapes = [
         *attention,
+        *routers,
         *mlp,
         (config.vocab_size, hidden),
     ]

@@ -36,7 +36,9 @@ class Case:
     ``build(dtype, device)`` makes the operator's arguments, the same values for every device;
     ``mutates`` lists the argument positions the operator writes; ``interpret`` is false for
     shapes that take Triton's interpreter too long; ``aot`` lists the dtypes to compile ahead of
-    time for, where a row is a kernel variant of its own and not just another size.
+    time for, where a row is a kernel variant of its own and not just another size. ``through`` is
+    for results that are finer than what leads to them: values pass through the dtype asked for, or
+    through this one where it is coarser.
     """
 
     name: str
@@ -47,6 +49,14 @@ class Case:
     mutates: tuple[int, ...] = ()
     interpret: bool = True
     aot: tuple[torch.dtype, ...] = ()
+    through: torch.dtype | None = None
+
+    def error_limit(self, result: torch.dtype, asked: torch.dtype) -> float:
+        """For results of a dtype when ``build`` was asked for one."""
+        limit = ERROR_LIMITS[result]
+        if self.through is None:
+            return limit
+        return max(limit, ERROR_LIMITS[self.through], ERROR_LIMITS[asked])
 
 
 def all_cases() -> tuple[Case, ...]:

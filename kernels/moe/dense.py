@@ -151,7 +151,7 @@ def _case(
     title = f"dense_experts-{activation}-{'x'.join(map(str, (*size, *routing)))}"
     fns = dense_experts, dense_experts_reference, dense_experts_launcher
     name = f"{title}{'-' * bool(options)}{options}"
-    return Case(name, *fns, build, mutates=(10,), aot=aot)
+    return Case(name, *fns, build, mutates=(10,), aot=aot, through=torch.float32)
 
 
 def _cases() -> Iterator[Case]:

@@ -203,7 +203,9 @@ def _case(
     fns = plane_experts, plane_experts_reference, plane_experts_launcher
     interpret = dim * inner * top_k <= 2048  # the interpreter is slow
     name = f"{title}{'-' * bool(options)}{options}"
-    return Case(name, *fns, build, mutates=(14,), interpret=interpret, aot=aot)
+    return Case(
+        name, *fns, build, mutates=(14,), interpret=interpret, aot=aot, through=torch.float16
+    )
 
 
 def _cases() -> Iterator[Case]:

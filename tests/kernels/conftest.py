@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils import deterministic
 
-from squall.kernels.cases import ERROR_LIMITS, Case, relative_error
+from squall.kernels.cases import Case, relative_error
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,21 +38,31 @@ def poisoned() -> AbstractContextManager[None]:
 
 class CheckResults(Protocol):
     def __call__(
-        self, case: Case, got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]
+        self,
+        case: Case,
+        got: tuple[torch.Tensor, ...],
+        want: tuple[torch.Tensor, ...],
+        dtype: torch.dtype = torch.float32,
     ) -> None: ...
 
 
 @pytest.fixture
 def check_results() -> CheckResults:
-    """Compare results under the one table of error limits."""
+    """Compare results under the one table of error limits; ``dtype`` is what the case was built
+    for."""
 
-    def check(case: Case, got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> None:
+    def check(
+        case: Case,
+        got: tuple[torch.Tensor, ...],
+        want: tuple[torch.Tensor, ...],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         assert len(got) == len(want) > 0
         for i, (actual, expected) in enumerate(zip(got, want, strict=True)):
             if not actual.dtype.is_floating_point:
                 assert torch.equal(actual.cpu(), expected), f"{case.name}, result {i}"
                 continue
-            error, limit = relative_error(actual, expected), ERROR_LIMITS[actual.dtype]
+            error, limit = relative_error(actual, expected), case.error_limit(actual.dtype, dtype)
             assert error <= limit, f"{case.name}, result {i}: error {error:.2e} over {limit:.0e}"
 
     return check

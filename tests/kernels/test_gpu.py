@@ -33,7 +33,7 @@ def test_gpu_matches_reference(
         got = results(case, case.op, args)
     torch.cuda.synchronize()
     assert all(t.is_cuda for t in got)
-    check_results(case, got, want)
+    check_results(case, got, want, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

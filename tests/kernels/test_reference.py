@@ -19,7 +19,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ELSEWHERE = {
     "test_planes": "expand_planes plane_rows plane_gemv plane_gemv_pair plane_gemv_add",
     "test_attention_step": "decode_attention",
+    "test_fp8": "fp8_expand fp8_rows fp8_linear fp8_norm_linear fp8_linear_add",
     "test_mla": "mla_query mla_decode mla_prefill gather_latents",
+    "test_experts": "route dense_experts plane_experts",
     "test_sample": "sample_tokens_ penalize_ count_tokens_ gather_ids",
 }
 HERE = [
@@ -81,6 +83,13 @@ def naive_rope_store_kv(
 def naive_silu_mul(x: Tensor) -> tuple[Tensor, ...]:
     gate, up = x.double().tensor_split(2, -1)
     return (gate / (1 + (-gate).exp()) * up,)
+
+
+def naive_clamped_silu_mul(x: Tensor) -> tuple[Tensor, ...]:
+    gate, up = x.double().chunk(2, -1)
+    gate, up = gate.minimum(torch.tensor(7.0)), up.minimum(torch.tensor(7.0))
+    up = up.maximum(torch.tensor(-7.0))
+    return ((gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)).to(x.dtype),)
 
 
 def naive_gelu_tanh_mul(x: Tensor) -> tuple[Tensor, ...]:
@@ -212,6 +221,7 @@ NAIVE: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "squall::linear_add": naive_linear_add,
     "squall::silu_mul": naive_silu_mul,
     "squall::gelu_tanh_mul": naive_gelu_tanh_mul,
+    "squall::clamped_silu_mul": naive_clamped_silu_mul,
     "squall::gather_kv": naive_gather_kv,
     "squall::paged_attention": naive_paged_attention,
     "squall::prefill_attention": naive_paged_attention,
@@ -234,7 +244,7 @@ def test_op_and_reference_match_the_formula(case: Case, dtype: torch.dtype, chec
         args = case.build(dtype, CPU)
         before = [a.clone() if isinstance(a, Tensor) else a for a in args]
         got = results(case, fn, args)
-        check_results(case, got, want)
+        check_results(case, got, want, dtype)
         for i, (now, then) in enumerate(zip(args, before, strict=True)):
             if isinstance(now, Tensor) and i not in case.mutates:
                 assert torch.equal(_bytes(now), _bytes(then)), f"argument {i} changed"

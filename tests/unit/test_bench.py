@@ -54,7 +54,7 @@ TINY = DecoderConfig(
 
 # Parameters as the model cards give them, in millions; norms and biases are below the tolerance.
 PARAMETERS = {
-    "deepseek-v2-lite": 2607.0,  # its dense layer, 27 times
+    "deepseek-v2-lite": 15706.5,
     "gemma-2-2b": 2614.3,
     "gemma-2-9b": 9241.7,
     "gemma-3-270m": 268.1,
@@ -104,6 +104,8 @@ def matrices(config: DecoderConfig) -> dict[str, tuple[int, int]]:
             found[f"{mlp}.gate.weight"] = (config.moe.experts, hidden)
             found |= {f"{mlp}.experts.{e}.up_proj.weight": (2 * size, hidden) for e in experts}
             found |= {f"{mlp}.experts.{e}.down_proj.weight": (hidden, size) for e in experts}
+            found[f"{mlp}.shared.up_proj.weight"] = (2 * config.moe.shared_size, hidden)
+            found[f"{mlp}.shared.down_proj.weight"] = (hidden, config.moe.shared_size)
             continue
         if not config.fused_gate_up:
             found |= {f"{mlp}.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}

@@ -33,4 +33,4 @@ def test_interpreter_matches_reference(
     args = case.build(dtype, CPU)
     with poisoned:
         got = results(case, case.launcher, args)
-    check_results(case, got, want)
+    check_results(case, got, want, dtype)
