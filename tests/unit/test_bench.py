@@ -90,7 +90,6 @@ def matrices(config: DecoderConfig) -> dict[str, tuple[int, int]]:
             found[f"{attention}.q_proj.weight"] = (q, hidden)
             found[f"{attention}.kv_a_proj_with_mqa.weight"] = (latent, hidden)
             found[f"{attention}.kv_b_proj.weight"] = (keys, mla.kv_lora_rank)
-            found |= {f"{mlp}.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
         elif config.fused_qkv:
             found[f"{attention}.qkv_proj.weight"] = (q + 2 * kv, hidden)
             found[f"{mlp}.gate_up_proj.weight"] = (2 * inner, hidden)
