@@ -213,7 +213,7 @@ def expert_gemv(
     assert ids.numel() == pairs and ids.dtype == torch.int32, f"ids {ids.shape}"  # noqa: PT018
     rows, warps = 4, min(16, max(1, next_power_of_2(k // 2) // 256))
     tiles = -(-w.shape[1] // rows)
-    programs = min(tiles, -(-max(1, 48 // warps) * multiprocessors(w.device) // pairs))
+    programs = min(tiles, -(-max(1, 32 // warps) * multiprocessors(w.device) // pairs))
     launch = dependent_launch(w.device)
     _gemv_kernel[(programs, pairs)](
         x, norm, w.view(torch.int32), bias, out, ids, features, k // 2, eps, k,

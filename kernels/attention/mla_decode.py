@@ -212,7 +212,8 @@ def decode(
     heads, latent = q.shape[1], kv_b.shape[2]
     rotary, block_size, sequences = q.shape[2] - latent, cache.shape[1], tables.shape[0]
     block_latent, block_rotary, batch = padded_dim(latent), padded_dim(rotary), bucket(sequences)
-    block_heads = min(64, max(16, next_power_of_2(heads)))
+    # A program keeps its queries in shared memory: float32 ones take the room of two.
+    block_heads = min(64 if q.itemsize == 2 else 16, max(16, next_power_of_2(heads)))
     if config is None:
         key = config_key(heads, latent, cache.dtype, sequences)
         row_bytes = (block_latent + block_rotary) * cache.itemsize

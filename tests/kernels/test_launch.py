@@ -290,4 +290,4 @@ def test_second_launches_on_a_gpu(
         for _ in range(2):
             args = case.build(torch.float16, torch.device("cuda"))
             got = results(case, case.op, args)
-    check_results(case, got, want)
+    check_results(case, got, want, torch.float16)
