@@ -543,7 +543,7 @@ def test_logits_equal_transformers(case: str, device: str, tmp_path: Path) -> No
         assert torch.equal(found.argmax(-1), expected.argmax(-1)), f"chunks of {chunk}"
 
 
-# Share of positions that bfloat16 keeps within 2% of the largest logit, where it is not all of them:
+# Share of positions that bfloat16 keeps within 2% of the largest logit, where it is not all:
 # rounding moves a token between experts that are nearly equal, or gates across a threshold.
 STEADY = {"exaone4": 0.8, "gemma3n": 0.5, "gemma3n-unshared": 0.3}
 
