@@ -151,15 +151,15 @@ def _large_grouped_kernel(  # type: ignore[no-untyped-def]
             y_desc.store([m * BLOCK_M, feature + HALF], right.to(y_desc.dtype))
 
 
-def rule(block: int, dtype: torch.dtype) -> Config:
-    """Launch parameters for tiles of ``block`` places."""
+def rule(block: int, dtype: torch.dtype, large: bool) -> Config:
+    """Launch parameters for tiles of ``block`` places, by the kernel for large ones or the other."""
+    if large:
+        return {"block_n": 256, "block_k": 64, "warps": 4 if block <= 64 else 8, "stages": 4}
     if dtype == torch.float32:
         return {"block_n": 64, "block_k": 32, "warps": 4, "stages": 2}
     if block <= 32:
         return {"block_n": 64, "block_k": 128, "warps": 4, "stages": 4}
-    if block <= 64:
-        return {"block_n": 256, "block_k": 64, "warps": 4, "stages": 4}
-    return {"block_n": 256, "block_k": 64, "warps": 8, "stages": 4}
+    return {"block_n": 128, "block_k": 32, "warps": 8, "stages": 3}
 
 
 def grouped(
@@ -169,7 +169,6 @@ def grouped(
     tiles: Tiles,
     share: int,
     activation: str,
-    config: Config | None = None,
 ) -> Tensor:
     """``y`` (see the module's docstring)."""
     (experts, rows, k), gates = w.shape, 1 + (activation != "none")
@@ -179,9 +178,7 @@ def grouped(
     y = torch.empty((tiles.total * tiles.block, features), dtype=x.dtype, device=x.device)
     weights = sorted_rows = None
     large = tiles.block >= 64 and describable(w[0]) and describable(y) and w.dtype != torch.float32
-    if not large and config is None and tiles.block >= 64:
-        config = {"block_n": 128, "block_k": 32, "warps": 8, "stages": 3}
-    config = config or rule(tiles.block, w.dtype)
+    config = rule(tiles.block, w.dtype, large)
     block_n, block_k = config["block_n"], config["block_k"]
     if describable(w[0]):
         shape, strides = [experts * gates, features, k], [features * k, k, 1]

@@ -55,9 +55,8 @@ def _first_tiles(counts_ptr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def _describe(  # type: ignore[no-untyped-def]
-    experts_ptr, rows_ptr, counts, starts, tiles, E: tl.constexpr, BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
-):  # fmt: skip
+    experts_ptr, rows_ptr, counts, starts, tiles, BLOCK: tl.constexpr, TILES: tl.constexpr
+):
     """Expert and rows of every tile."""
     e = tl.arange(0, starts.shape[0])
     own = (counts + BLOCK - 1) // BLOCK
@@ -116,7 +115,7 @@ def _sort_kernel(  # type: ignore[no-untyped-def]
         tl.store(order_ptr + place, i, mask=inside)
         tl.store(places_ptr + i, place, mask=inside)
         if tl.program_id(0) == 0:
-            _describe(experts_ptr, rows_ptr, counts, starts, tiles, E, BLOCK, TILES)
+            _describe(experts_ptr, rows_ptr, counts, starts, tiles, BLOCK, TILES)
 
 
 def block_for(pairs: int, experts: int) -> int:
