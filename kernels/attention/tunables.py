@@ -19,7 +19,7 @@ SHARED_BYTES = 220 * 1024
 L1_KEPT_BYTES = 40 * 1024
 
 # (query heads, kv heads, head dimension): 8B Llama, Mistral and Qwen3; 1B Llama; 7B Qwen2.5.
-LAYOUTS = ((32, 8, 128), (32, 8, 64), (32, 4, 128), (28, 4, 128), (16, 8, 256), (32, 32, 96))
+LAYOUTS = ((32, 8, 128), (32, 8, 64), (32, 4, 128), (28, 4, 128), (32, 32, 96))
 DTYPES = (torch.bfloat16, torch.float8_e4m3fn)
 # Batch and contexts of one problem: launch parameters serve every context of a batch bucket.
 DECODES = (
