@@ -152,7 +152,7 @@ def _large_grouped_kernel(  # type: ignore[no-untyped-def]
 
 
 def rule(block: int, dtype: torch.dtype, large: bool) -> Config:
-    """Launch parameters for tiles of ``block`` places, for the kernel of large ones or the other."""
+    """Launch parameters for tiles of ``block`` places; ``large``: for the kernel of large ones."""
     if large:
         return {"block_n": 256, "block_k": 64, "warps": 4 if block <= 64 else 8, "stages": 4}
     if dtype == torch.float32:
