@@ -274,6 +274,8 @@ def _extend_deepseek2(source: Source, config: dict[str, Any]) -> dict[str, Any]:
 
     The converter writes a tenth of ``mscale_all_dim``; llama.cpp takes ``mscale`` to be the same.
     """
+    if source.has("attention.temperature_scale"):  # Mistral Large 3
+        raise source.fail("attention.temperature_scale", "is not supported")
     found = gguf_experts.deepseek2(source, config)
     scaling = config["rope_scaling"]
     weighted = source.has("rope.scaling.yarn_log_multiplier")

@@ -55,7 +55,7 @@ def qwen3moe(source: Source, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def deepseek2(source: Source, config: dict[str, Any]) -> dict[str, Any]:
-    """With sigmoid scores it is DeepSeek V3, as Kimi K2 and GLM-4.7 Flash are too."""
+    """With sigmoid scores it is DeepSeek V3 (Kimi K2 is one as well)."""
     if not source.size("expert_count", 0, minimum=0):
         layers = config["num_hidden_layers"]
         dense = source.size("leading_dense_block_count", layers, minimum=0)

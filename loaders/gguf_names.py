@@ -138,8 +138,10 @@ class NameMap:
     def split_tensors(self, parameter: str) -> tuple[str, ...]:
         """The tensors that a weight is in together; none if it is one tensor."""
         match = _PARAMETER.fullmatch(parameter)
-        parts = self.split.get(match["module"], ()) if match else ()
-        return tuple(f"blk.{match['layer']}.{own}.weight" for own in parts) if match else ()
+        if not match:
+            return ()
+        parts = self.split.get(match["module"], ())
+        return tuple(f"blk.{match['layer']}.{own}.weight" for own in parts)
 
     def expert_tensors(self, parameter: str) -> tuple[str, ...]:
         """``model.layers.3.mlp.experts.{}.up_proj.weight`` -> ``blk.3.ffn_up_exps.weight``."""

@@ -280,15 +280,18 @@ class GGUFWeights(_FileWeights):
         """The parts of tensors ``names`` of all experts, which together have ``shape``: dense, or
         raw bytes ``[experts * rows, row_bytes]``."""
         tensors = [own for name in names for own in self._names.expert_tensors(name)]
+        joined = tensors[0].replace("_gate_exps", "_gate_up_exps")
+        if len(tensors) == 2 and joined in self._file.tensors:
+            tensors = [joined]
         rows = shape[1] // len(tensors)
         return [self._expert_tensor(own, (shape[0], rows, *shape[2:])) for own in tensors]
 
     def _expert_tensor(self, own: str, shape: tuple[int, ...]) -> tuple[QuantFormat, Tensor]:
         """The tensor ``own`` of ``shape``, or, in files that have one for each expert, all of
         them: its format and dense numbers or raw bytes."""
-        if own in self._file.tensors:
-            return self._stored(own, shape)
         stem, _, kind = own.rpartition("_exps.")
+        if own in self._file.tensors or f"{stem}.0.{kind}" not in self._file.tensors:
+            return self._stored(own, shape)
         parts = [self._stored(f"{stem}.{e}.{kind}", shape[1:]) for e in range(shape[0])]
         forms = {form.name: form for form, _ in parts}
         if len(forms) > 1:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
+from squall.loaders.errors import ModelLoadError
 from squall.loaders.hub import resolve
 from squall.loaders.load import Checkpoint
 from squall.loaders.progress import NoProgress
@@ -398,6 +399,16 @@ def _one_tensor_an_expert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def _gate_and_up_as_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As the converter writes them with ``--fuse-gate-up-exps``."""
+    found = dict(tensors)
+    for name in tensors:
+        if "_gate_exps." in name:
+            parts = found.pop(name), found.pop(name.replace("_gate_", "_up_"))
+            found[name.replace("_gate_", "_gate_up_")] = torch.cat(parts, 1)
+    return found
+
+
 def _gate_of_one_row(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """As files that other converters write."""
     return {
@@ -415,6 +426,8 @@ def _next_layer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 LAYOUTS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], Keys]] = {
     "mixtral": (_one_tensor_an_expert, {}),
     "qwen2-moe": (_gate_of_one_row, {}),
+    "qwen3-moe": (_gate_and_up_as_one, {}),
+    "gpt-oss": (_gate_and_up_as_one, {}),
     "glm4-moe": (_next_layer, {"block_count": 4, "nextn_predict_layers": 1}),
 }
 
@@ -641,3 +654,19 @@ def test_logits_equal_transformers(case: str, kind: Kind | None, tmp_path: Path)
 @pytest.mark.parametrize("case", LAYOUTS)
 def test_other_layouts(case: str, kind: Kind | None, tmp_path: Path) -> None:
     _compare(case, kind, tmp_path, *LAYOUTS[case])
+
+
+def test_experts_that_are_missing(tmp_path: Path) -> None:
+    def without(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if "2.ffn_up_exps" not in name}
+
+    with pytest.raises(ModelLoadError, match=r"tensor blk\.2\.ffn_up_exps\.weight is missing"):
+        _compare("mixtral", None, tmp_path, without)
+    with pytest.raises(ModelLoadError, match=r"tensor blk\.1\.ffn_down\.4\.weight is missing"):
+        _compare("mixtral", None, tmp_path, _without_one_expert)
+
+
+def _without_one_expert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = _one_tensor_an_expert(tensors)
+    del found["blk.1.ffn_down.4.weight"]
+    return found

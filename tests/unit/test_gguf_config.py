@@ -288,6 +288,11 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
         _NEW | _EXPERTS | {"expert_gating_func": 3, "expert_feed_forward_length": 32},
         "3 is not 1 .softmax. or 2",
     ),
+    "temperature": (
+        "deepseek2",
+        _NEW | {"attention.temperature_scale": 0.1},
+        "temperature_scale': is not supported",
+    ),
     "softmax": ("glm4moe", _EXPERTS | {"expert_gating_func": 1}, r"1 is not 2 .sigmoid"),
     "two sizes": (
         "hunyuan-moe",
@@ -375,6 +380,19 @@ def test_names_are_those_of_the_gguf_package(architecture: str) -> None:
         tensor = names.gguf_name(parameter)
         assert tensor == official.get_name(parameter, try_suffixes=(".weight", ".bias"))
         assert names.parameter_name(tensor) == parameter
+
+
+def test_names_of_experts() -> None:
+    layer = "model.layers.7"
+    experts = NAME_MAPS["llama"].expert_tensors(f"{layer}.block_sparse_moe.experts.{{}}.w3.weight")
+    assert experts == ("blk.7.ffn_up_exps.weight",)
+    both = ("blk.7.ffn_gate_exps.bias", "blk.7.ffn_up_exps.bias")
+    assert NAME_MAPS["gpt-oss"].expert_tensors(f"{layer}.mlp.experts.gate_up_proj_bias") == both
+    shared = NAME_MAPS["granitemoe"].split_tensors(f"{layer}.shared_mlp.input_linear.weight")
+    assert shared == ("blk.7.ffn_gate_shexp.weight", "blk.7.ffn_up_shexp.weight")
+    assert NAME_MAPS["granitemoe"].split_tensors(f"{layer}.self_attn.q_proj.weight") == ()
+    correction = NAME_MAPS["deepseek2"].gguf_name(f"{layer}.mlp.gate.e_score_correction_bias")
+    assert correction == "blk.7.exp_probs_b.bias"
 
 
 def test_names_outside_the_map() -> None:
