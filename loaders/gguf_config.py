@@ -13,13 +13,14 @@ from statistics import NormalDist
 from types import MappingProxyType
 from typing import Any
 
+from squall.loaders import gguf_experts
 from squall.loaders.errors import ModelLoadError
 from squall.loaders.gguf import GGUFFile
+from squall.loaders.gguf_source import Source
 
 _ROPE_FREQS = "rope_freqs.weight"
 _ROPE_LONG, _ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
 _LAYERS_LIMIT = 512  # llama.cpp's LLAMA_MAX_LAYERS
-_SIZE_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -29,61 +30,11 @@ class Architecture:
     hf_class: str
     model_type: str
     fixed: Mapping[str, Any] = field(default_factory=dict)  # config entries no key speaks about
-    extend: Callable[["_Source", dict[str, Any]], dict[str, Any]] | None = None
+    extend: Callable[["Source", dict[str, Any]], dict[str, Any]] | None = None
     partial_rotary: bool = False  # a part of each head may be rotated
     epsilon: str = "rms_norm_eps"  # the config's key of the norms' epsilon
     latent: bool = False  # multi-head latent attention
-
-
-class _Source:
-    """Reads the keys of one architecture: ``size("block_count")`` is ``llama.block_count``."""
-
-    def __init__(self, file: GGUFFile, architecture: str) -> None:
-        self.file = file
-        self.architecture = architecture
-
-    def key(self, suffix: str) -> str:
-        return f"{self.architecture}.{suffix}"
-
-    def fail(self, suffix: str, message: str) -> ModelLoadError:
-        return ModelLoadError(f"{self.file.path}: metadata key {self.key(suffix)!r}: {message}")
-
-    def has(self, suffix: str) -> bool:
-        return self.key(suffix) in self.file.metadata
-
-    def size(self, suffix: str, default: int | None = None, minimum: int = 1) -> int:
-        """A count; one for each layer is taken when all layers agree."""
-        key = self.key(suffix)
-        if not self.has(suffix) and default is not None:
-            return default
-        value: Any
-        if isinstance(self.file.metadata.get(key), int | None):
-            value = self.file.get_int(key)
-        else:
-            values = self.file.get_list(key)
-            if len(set(map(str, values))) != 1 or type(values[0]) is not int:
-                raise self.fail(
-                    suffix, "is not one count: it differs from layer to layer or holds no counts"
-                )
-            value = values[0]
-        if not minimum <= value <= _SIZE_LIMIT:
-            raise self.fail(suffix, f"{value} is not in [{minimum}, {_SIZE_LIMIT}]")
-        return int(value)
-
-    def flag(self, suffix: str) -> bool:
-        """False where the file has no such key."""
-        value = self.file.metadata.get(self.key(suffix), False)
-        if not isinstance(value, bool):
-            raise self.fail(suffix, f"{value!r} is not true or false")
-        return value
-
-    def positive(self, suffix: str, default: float | None = None) -> float:
-        """A finite number above zero."""
-        key = self.key(suffix)
-        value = self.file.get_float(key) if default is None else self.file.get_float(key, default)
-        if not (math.isfinite(value) and value > 0):
-            raise self.fail(suffix, f"{value} is not a number above 0")
-        return value
+    experts: bool = False  # ``extend`` reads those that a file has or must have
 
 
 def gguf_config(file: GGUFFile) -> dict[str, Any]:
@@ -103,9 +54,9 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
             f"{file.path}: GGUF architecture {name[:80]!r} is not supported{hint}; "
             f"supported: {', '.join(ARCHITECTURES)}"
         )
-    source = _Source(file, name)
-    if source.size("expert_count", 0, minimum=0):
-        raise source.fail("expert_count", "mixtures of experts are not supported in GGUF files")
+    source = Source(file, name)
+    if source.size("expert_count", 0, minimum=0) and not architecture.experts:
+        raise source.fail("expert_count", f"experts are not supported in {name}")
     sizes = _sizes(source, architecture.latent)
     config: dict[str, Any] = {
         "architectures": [architecture.hf_class],
@@ -127,11 +78,9 @@ def gguf_config(file: GGUFFile) -> dict[str, Any]:
     return config | (architecture.extend(source, config) if architecture.extend else {})
 
 
-def _sizes(source: _Source, latent: bool) -> dict[str, Any]:
+def _sizes(source: Source, latent: bool) -> dict[str, Any]:
     hidden = source.size("embedding_length")
-    layers = source.size("block_count")
-    if layers > _LAYERS_LIMIT:
-        raise source.fail("block_count", f"{layers} layers; at most {_LAYERS_LIMIT} are accepted")
+    layers = _layers(source)
     heads = source.size("attention.head_count")
     kv_heads = source.size("attention.head_count_kv", heads)
     if heads % kv_heads:
@@ -149,7 +98,18 @@ def _sizes(source: _Source, latent: bool) -> dict[str, Any]:
     }
 
 
-def _plain_heads(source: _Source, default: int) -> dict[str, Any]:
+def _layers(source: Source) -> int:
+    """Layers but the last ones that predict further tokens, which no model here computes."""
+    layers = source.size("block_count")
+    if layers > _LAYERS_LIMIT:
+        raise source.fail("block_count", f"{layers} layers; at most {_LAYERS_LIMIT} are accepted")
+    further = source.size("nextn_predict_layers", 0, minimum=0)
+    if further >= layers:
+        raise source.fail("nextn_predict_layers", f"{further} of {layers} layers")
+    return layers - further
+
+
+def _plain_heads(source: Source, default: int) -> dict[str, Any]:
     head_dim = source.size("attention.key_length", default)
     if (value := source.size("attention.value_length", head_dim)) != head_dim:
         message = f"{value} is not the head size {head_dim}: not supported"
@@ -157,7 +117,7 @@ def _plain_heads(source: _Source, default: int) -> dict[str, Any]:
     return {"head_dim": head_dim}
 
 
-def _latent_heads(source: _Source) -> dict[str, Any]:
+def _latent_heads(source: Source) -> dict[str, Any]:
     """Latent attention. Since the middle of 2025 ``key_length`` and ``value_length`` are those of
     the cache, with one kv head, and the heads' own lengths have keys of their own."""
     suffix = "_mla" if source.has("attention.key_length_mla") else ""
@@ -176,7 +136,7 @@ def _latent_heads(source: _Source) -> dict[str, Any]:
     }
 
 
-def _vocab_size(source: _Source) -> int:
+def _vocab_size(source: Source) -> int:
     """Rows of the embedding; in a file without weights what the metadata says."""
     file = source.file
     tokens = len(file.get_list("tokenizer.ggml.tokens", []))
@@ -192,7 +152,7 @@ def _vocab_size(source: _Source) -> int:
     return rows
 
 
-def _rope(source: _Source, head_dim: int, partial: bool) -> dict[str, Any]:
+def _rope(source: Source, head_dim: int, partial: bool) -> dict[str, Any]:
     """``partial``: only the first elements of a head may be rotated."""
     rotary = source.size("rope.dimension_count", head_dim)
     if rotary != head_dim and not (partial and rotary < head_dim):
@@ -224,7 +184,7 @@ def _rope(source: _Source, head_dim: int, partial: bool) -> dict[str, Any]:
     return config if rotary == head_dim else config | {"partial_rotary_factor": rotary / head_dim}
 
 
-def _longrope(source: _Source, count: int) -> dict[str, Any]:
+def _longrope(source: Source, count: int) -> dict[str, Any]:
     return {
         "rope_type": "longrope",
         "long_factor": _divisors(source.file, _ROPE_LONG, count),
@@ -236,7 +196,7 @@ def _longrope(source: _Source, count: int) -> dict[str, Any]:
     }
 
 
-def _yarn(source: _Source, factor: float) -> dict[str, Any]:
+def _yarn(source: Source, factor: float) -> dict[str, Any]:
     """llama.cpp multiplies cos and sin by ``(1 + 0.1 ln factor) * rope.scaling.attn_factor``."""
     if source.positive("rope.scaling.yarn_ext_factor", 1.0) != 1.0:
         raise source.fail("rope.scaling.yarn_ext_factor", "only 1 is supported")
@@ -278,12 +238,12 @@ def _tensors_say(file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def _softcap(source: _Source, suffix: str, default: float) -> float | None:
+def _softcap(source: Source, suffix: str, default: float) -> float | None:
     """A softcap; None for 0, which means none."""
     return source.file.get_float(source.key(suffix), default) or None
 
 
-def _extend_gemma2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+def _extend_gemma2(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     """llama.cpp tells the 27B model, whose scale goes by ``hidden / heads``, by its 46 layers."""
     per_head = config["hidden_size"] // config["num_attention_heads"]
     return {
@@ -296,7 +256,7 @@ def _extend_gemma2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _extend_granite(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+def _extend_granite(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     return {
         "attention_multiplier": source.positive("attention.scale", config["head_dim"] ** -0.5),
         "embedding_multiplier": source.positive("embedding_scale", 1.0),
@@ -305,16 +265,18 @@ def _extend_granite(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _extend_deepseek2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
-    """Dense layers, and what YaRN does to the scores.
+def _extend_granitemoe(source: Source, config: dict[str, Any]) -> dict[str, Any]:
+    return _extend_granite(source, config) | gguf_experts.granitemoe(source, config)
+
+
+def _extend_deepseek2(source: Source, config: dict[str, Any]) -> dict[str, Any]:
+    """Experts, and what YaRN does to the scores.
 
     The converter writes a tenth of ``mscale_all_dim``; llama.cpp takes ``mscale`` to be the same.
     """
-    found: dict[str, Any] = {
-        "first_k_dense_replace": source.size(
-            "leading_dense_block_count", config["num_hidden_layers"], minimum=0
-        )
-    }
+    if source.has("attention.temperature_scale"):  # Mistral Large 3
+        raise source.fail("attention.temperature_scale", "is not supported")
+    found = gguf_experts.deepseek2(source, config)
     scaling = config["rope_scaling"]
     weighted = source.has("rope.scaling.yarn_log_multiplier")
     if weighted and scaling and scaling["rope_type"] == "yarn":
@@ -326,11 +288,11 @@ def _extend_deepseek2(source: _Source, config: dict[str, Any]) -> dict[str, Any]
     return found
 
 
-def _extend_olmo(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+def _extend_olmo(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     return {"clip_qkv": source.file.get_float(source.key("attention.clamp_kqv"), 0.0) or None}
 
 
-def _extend_olmo2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+def _extend_olmo2(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     """With a window it is OLMo 3."""
     window = source.size("attention.sliding_window", 0, minimum=0)
     if not window:
@@ -345,25 +307,25 @@ def _extend_olmo2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _has_head_norms(source: _Source) -> bool:
+def _has_head_norms(source: Source) -> bool:
     return "blk.0.attn_q_norm.weight" in source.file.tensors
 
 
-def _extend_biased(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+def _extend_biased(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     """One switch for all biases."""
     return {"use_bias": config["attention_bias"]}
 
 
-def _extend_windowed(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+def _extend_windowed(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     """All layers with a window, or none."""
     return {"sliding_window": source.size("attention.sliding_window", 0, minimum=0) or None}
 
 
-def _extend_starcoder2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+def _extend_starcoder2(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     return _extend_biased(source, config) | _extend_windowed(source, config)
 
 
-def _extend_stablelm(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+def _extend_stablelm(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     return {
         "use_qkv_bias": config["attention_bias"],
         "use_parallel_residual": source.flag("use_parallel_residual"),
@@ -371,11 +333,11 @@ def _extend_stablelm(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _extend_seed_oss(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+def _extend_seed_oss(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     return {"attention_out_bias": "blk.0.attn_output.bias" in source.file.tensors}
 
 
-def _extend_exaone4(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+def _extend_exaone4(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     """llama.cpp knows the model with windows by its 64 layers."""
     layers = config["num_hidden_layers"]
     window = source.size("attention.sliding_window", 4096 if layers == 64 else 0, minimum=0)
@@ -388,14 +350,14 @@ def _extend_exaone4(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _extend_command_r(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+def _extend_command_r(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     return {
         "logit_scale": source.positive("logit_scale"),
         "use_qk_norm": _has_head_norms(source),
     }
 
 
-def _extend_cohere2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+def _extend_cohere2(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     sliding = _sliding_layers(source, config["num_hidden_layers"], period=4)
     return _extend_command_r(source, config) | {
         "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
@@ -403,7 +365,7 @@ def _extend_cohere2(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _extend_gemma3(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+def _extend_gemma3(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     """Sliding layers, their rope base and the attention scale.
 
     llama.cpp tells the 27B model, whose scale goes by ``hidden / heads``, by its 62 layers.
@@ -429,7 +391,7 @@ _GEMMA3N_SIZES = {  # rows of tensors
 }
 
 
-def _extend_gemma3n(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
+def _extend_gemma3n(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     """The sparsity is given as the deviations above the mean from which gates are open."""
     layers, tensors = config["num_hidden_layers"], source.file.tensors
     sliding = _sliding_layers(source, layers, period=5)
@@ -454,7 +416,7 @@ def _extend_gemma3n(source: _Source, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sliding_layers(source: _Source, layers: int, period: int) -> list[bool]:
+def _sliding_layers(source: Source, layers: int, period: int) -> list[bool]:
     """Which layers have a window: flags, or all but every n-th layer (by default ``period``)."""
     key = source.key("attention.sliding_window_pattern")
     if isinstance(source.file.metadata.get(key), int | None):
@@ -470,7 +432,9 @@ def _sliding_layers(source: _Source, layers: int, period: int) -> list[bool]:
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
-        "llama": Architecture("LlamaForCausalLM", "llama", {"hidden_act": "silu"}),
+        "llama": Architecture(
+            "LlamaForCausalLM", "llama", {"hidden_act": "silu"}, gguf_experts.llama, experts=True
+        ),
         "qwen2": Architecture("Qwen2ForCausalLM", "qwen2", {"hidden_act": "silu"}),
         "qwen3": Architecture("Qwen3ForCausalLM", "qwen3", {"hidden_act": "silu"}),
         "granite": Architecture(
@@ -506,6 +470,67 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             {"hidden_act": "silu"},
             _extend_deepseek2,
             latent=True,
+            experts=True,
+        ),
+        "qwen2moe": Architecture(
+            "Qwen2MoeForCausalLM",
+            "qwen2_moe",
+            {"hidden_act": "silu"},
+            gguf_experts.qwen2moe,
+            experts=True,
+        ),
+        "qwen3moe": Architecture(
+            "Qwen3MoeForCausalLM",
+            "qwen3_moe",
+            {"hidden_act": "silu"},
+            gguf_experts.qwen3moe,
+            experts=True,
+        ),
+        "gpt-oss": Architecture(
+            "GptOssForCausalLM", "gpt_oss", extend=gguf_experts.gpt_oss, experts=True
+        ),
+        "phimoe": Architecture(
+            "PhimoeForCausalLM",
+            "phimoe",
+            {"hidden_act": "silu"},
+            gguf_experts.phimoe,
+            experts=True,
+        ),
+        "granitemoe": Architecture(
+            "GraniteMoeForCausalLM",
+            "granitemoe",
+            {"hidden_act": "silu"},
+            _extend_granitemoe,
+            experts=True,
+        ),
+        "olmoe": Architecture(
+            "OlmoeForCausalLM",
+            "olmoe",
+            {"hidden_act": "silu"},
+            gguf_experts.olmoe,
+            experts=True,
+        ),
+        "glm4moe": Architecture(
+            "Glm4MoeForCausalLM",
+            "glm4_moe",
+            {"hidden_act": "silu"},
+            gguf_experts.glm4moe,
+            partial_rotary=True,
+            experts=True,
+        ),
+        "ernie4_5-moe": Architecture(
+            "Ernie4_5_MoeForCausalLM",
+            "ernie4_5_moe",
+            {"hidden_act": "silu"},
+            gguf_experts.ernie4_5_moe,
+            experts=True,
+        ),
+        "hunyuan-moe": Architecture(
+            "HunYuanMoEV1ForCausalLM",
+            "hunyuan_v1_moe",
+            {"hidden_act": "silu"},
+            gguf_experts.hunyuan_moe,
+            experts=True,
         ),
         "ernie4_5": Architecture(
             "Ernie4_5ForCausalLM", "ernie4_5", {"hidden_act": "silu"}, _extend_biased

@@ -46,6 +46,29 @@ _GEMMA_NORMS = {
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+_EXPERTS = {
+    f"mlp.experts.{{}}.{name}_proj.weight": (f"ffn_{name}_exps.weight",)
+    for name in ("gate", "up", "down")
+}
+_LETTERED_EXPERTS = {  # of Mixtral
+    f"block_sparse_moe.experts.{{}}.{letter}.weight": (f"ffn_{name}_exps.weight",)
+    for letter, name in (("w1", "gate"), ("w2", "down"), ("w3", "up"))
+}
+_ATTENTION = {k: v for k, v in _BLOCK.items() if not k.startswith("mlp.")}
+_ROUTED = _ATTENTION | {"mlp.gate": "ffn_gate_inp"}
+_LETTERED = _ATTENTION | {"block_sparse_moe.gate": "ffn_gate_inp"}
+
+
+def _shared_mlp(module: str) -> Mapping[str, str]:
+    """The MLP beside a layer's experts."""
+    return {f"mlp.{module}.{n}_proj": f"ffn_{n}_shexp" for n in ("gate", "up", "down")}
+
+
+_DEEPSEEK = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.gate.e_score_correction": "exp_probs_b",
+    **_shared_mlp("shared_experts"),
+}
 _ALTUP = {
     "altup.correct_output_scale": "altup_correct_scale",
     "altup.correction_coefs": "altup_correct_coef",
@@ -75,14 +98,15 @@ class NameMap:
     ``block`` and ``outer`` map modules (names without ``.weight`` / ``.bias``), inside the layers
     and outside. ``permuted`` maps the block modules whose rows llama.cpp reorders for its
     adjacent-pair rope to the config key with their number of heads. ``stacks`` are outer modules of
-    which there are several, numbered, in one tensor. ``experts`` maps the tensors of a layer's
-    experts to those that hold them, one below the other. ``norm_shift`` is what the
-    converter added to every norm weight. ``consumed`` are tensors that are no parameters: the
-    config carries what they say.
+    which there are several, numbered, in one tensor. ``split`` maps modules of a layer that are in
+    several tensors to these, ``experts`` the tensors of a layer's experts to those that hold them,
+    one below the other both. ``norm_shift`` is what the converter added to every norm weight.
+    ``consumed`` are tensors that are no parameters: the config carries what they say.
     """
 
     block: Mapping[str, str]
     outer: Mapping[str, str] = field(default_factory=lambda: _OUTER)
+    split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     experts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     permuted: Mapping[str, str] = field(default_factory=dict)
     stacks: frozenset[str] = frozenset()
@@ -92,11 +116,12 @@ class NameMap:
     )
 
     def gguf_name(self, parameter: str) -> str:
-        """``model.layers.3.self_attn.q_proj.weight`` -> ``blk.3.attn_q.weight``.
+        """``model.layers.3.self_attn.q_proj.weight`` -> ``blk.3.attn_q.weight``; a correction of
+        scores is a bias.
 
         KeyError: the architecture has no such parameter.
         """
-        match = _PARAMETER.fullmatch(parameter)
+        match = _PARAMETER.fullmatch(parameter.replace("correction_bias", "correction.bias"))
         if match:
             name = f"blk.{match['layer']}.{self.block[match['module']]}"
             return f"{name}.{match['kind'] or 'weight'}"
@@ -109,6 +134,14 @@ class NameMap:
         """Which of the matrices of its tensor a parameter is; None where the tensor is one."""
         stem, _, place = parameter.rpartition(".")[0].rpartition(".")
         return int(place) if stem in self.stacks else None
+
+    def split_tensors(self, parameter: str) -> tuple[str, ...]:
+        """The tensors that a weight is in together; none if it is one tensor."""
+        match = _PARAMETER.fullmatch(parameter)
+        if not match:
+            return ()
+        parts = self.split.get(match["module"], ())
+        return tuple(f"blk.{match['layer']}.{own}.weight" for own in parts)
 
     def expert_tensors(self, parameter: str) -> tuple[str, ...]:
         """``model.layers.3.mlp.experts.{}.up_proj.weight`` -> ``blk.3.ffn_up_exps.weight``."""
@@ -139,6 +172,7 @@ _LLAMA = NameMap(
         "self_attn.k_proj": "num_key_value_heads",
     },
 )
+_MIXTRAL = NameMap(_BLOCK | _LETTERED, experts=_LETTERED_EXPERTS, permuted=_LLAMA.permuted)
 _OLMO2 = NameMap(
     block={k: v for k, v in _BLOCK.items() if k != "input_layernorm"}
     | _QK_NORM
@@ -149,7 +183,7 @@ _OLMO2 = NameMap(
 )
 NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
     {
-        "llama": _LLAMA,
+        "llama": _MIXTRAL,
         "qwen2": NameMap(block=_BLOCK),
         "qwen3": NameMap(block=_BLOCK | _QK_NORM),
         "granite": _LLAMA,
@@ -206,7 +240,73 @@ NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
                 "self_attn.kv_b_proj": "attn_kv_b",
                 "self_attn.k_b_proj": "attn_k_b",
                 "self_attn.v_b_proj": "attn_v_b",
-            }
+                **_DEEPSEEK,
+            },
+            experts=_EXPERTS,
+        ),
+        "qwen2moe": NameMap(
+            block=_ROUTED
+            | {"mlp.shared_expert_gate": "ffn_gate_inp_shexp", **_shared_mlp("shared_expert")},
+            experts=_EXPERTS,
+        ),
+        "qwen3moe": NameMap(_ROUTED | _QK_NORM, experts=_EXPERTS),
+        "gpt-oss": NameMap(
+            block=_ATTENTION
+            | {
+                "self_attn.sinks": "attn_sinks",
+                "post_attention_layernorm": "post_attention_norm",
+                "mlp.router": "ffn_gate_inp",
+            },
+            experts={
+                "mlp.experts.gate_up_proj": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+                "mlp.experts.gate_up_proj_bias": ("ffn_gate_exps.bias", "ffn_up_exps.bias"),
+                "mlp.experts.down_proj": ("ffn_down_exps.weight",),
+                "mlp.experts.down_proj_bias": ("ffn_down_exps.bias",),
+            },
+        ),
+        "phimoe": NameMap(_LETTERED, experts=_LETTERED_EXPERTS),
+        "granitemoe": NameMap(
+            block=_ATTENTION
+            | {
+                "block_sparse_moe.router.layer": "ffn_gate_inp",
+                "shared_mlp.output_linear": "ffn_down_shexp",
+            },
+            split={"shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp")},
+            experts={
+                "block_sparse_moe.input_linear.weight": (
+                    "ffn_gate_exps.weight",
+                    "ffn_up_exps.weight",
+                ),
+                "block_sparse_moe.output_linear.weight": ("ffn_down_exps.weight",),
+            },
+            permuted=_LLAMA.permuted,
+        ),
+        "olmoe": NameMap(_ROUTED | _QK_NORM, experts=_EXPERTS),
+        "glm4moe": NameMap(
+            block=_BLOCK
+            | _QK_NORM
+            | _DEEPSEEK
+            | {"post_attention_layernorm": "post_attention_norm"},
+            experts=_EXPERTS,
+        ),
+        "ernie4_5-moe": NameMap(
+            block=_BLOCK
+            | {
+                "mlp.gate": "ffn_gate_inp",
+                "mlp.moe_statics.e_score_correction": "exp_probs_b",
+                **_shared_mlp("shared_experts"),
+            },
+            experts=_EXPERTS,
+        ),
+        "hunyuan-moe": NameMap(
+            block=_ATTENTION
+            | {
+                "self_attn.query_layernorm": "attn_q_norm",
+                "self_attn.key_layernorm": "attn_k_norm",
+                "mlp.gate.wg": "ffn_gate_inp",
+                **_shared_mlp("shared_mlp"),
+            },
+            experts=_EXPERTS,
         ),
         "command-r": NameMap(_PARALLEL | _QK_NORM, _TIED_OUTER),
         "cohere2": NameMap(_PARALLEL, _TIED_OUTER),

@@ -13,7 +13,7 @@ from squall.kernels.moe.experts import BlockExperts, DenseExperts, Experts, plac
 from squall.kernels.quant.base import QuantFormat, gguf_formats
 from squall.kernels.quant.fp8 import blocks_of
 from squall.kernels.quant.fp8_weight import Fp8Weight
-from squall.kernels.weight import BlockWeight, DenseWeight, Weight, place
+from squall.kernels.weight import BlockWeight, DenseWeight, Weight, merge, place
 from squall.loaders.errors import ModelLoadError
 from squall.loaders.gguf import GGUFFile
 from squall.loaders.gguf_names import NAME_MAPS, unpermute_rows
@@ -24,7 +24,7 @@ from squall.models.config import MoEConfig
 
 # Tensors older exporters left in checkpoints; they can be derived and no model reads them.
 _DERIVED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-_IN_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_IN_LAYER = re.compile(r"(?:model\.layers|blk)\.(\d+)\.")
 _MXFP4 = 39  # GGML's number of the type
 _MAX_NAMED = 3  # unused tensors named in an error
 
@@ -223,10 +223,15 @@ class GGUFWeights(_FileWeights):
         return self._place(self._rows(f"{name}.weight", (heads, dim)), torch.float32)
 
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
+        if parts := self._names.split_tensors(name):
+            shape = (out_features // len(parts), in_features)
+            return merge([self._weight(*self._stored(own, shape)) for own in parts])
         if self._is_halved(name):
             return DenseWeight(self._place(self._kv_b(name, in_features), self.dtype))
         rows = self._rows(name, (out_features, in_features))
-        form = self._file.tensors[self._names.gguf_name(name)].format
+        return self._weight(self._file.tensors[self._names.gguf_name(name)].format, rows)
+
+    def _weight(self, form: QuantFormat, rows: Tensor) -> Weight:
         if form.dtype is None:
             return place(BlockWeight(form, self._place(rows, torch.uint8)), self.dtype)
         return DenseWeight(self._place(rows, self.dtype))
@@ -275,15 +280,18 @@ class GGUFWeights(_FileWeights):
         """The parts of tensors ``names`` of all experts, which together have ``shape``: dense, or
         raw bytes ``[experts * rows, row_bytes]``."""
         tensors = [own for name in names for own in self._names.expert_tensors(name)]
+        joined = tensors[0].replace("_gate_exps", "_gate_up_exps")
+        if len(tensors) == 2 and joined in self._file.tensors:
+            tensors = [joined]
         rows = shape[1] // len(tensors)
         return [self._expert_tensor(own, (shape[0], rows, *shape[2:])) for own in tensors]
 
     def _expert_tensor(self, own: str, shape: tuple[int, ...]) -> tuple[QuantFormat, Tensor]:
         """The tensor ``own`` of ``shape``, or, in files that have one for each expert, all of
         them: its format and dense numbers or raw bytes."""
-        if own in self._file.tensors:
-            return self._stored(own, shape)
         stem, _, kind = own.rpartition("_exps.")
+        if own in self._file.tensors or f"{stem}.0.{kind}" not in self._file.tensors:
+            return self._stored(own, shape)
         parts = [self._stored(f"{stem}.{e}.{kind}", shape[1:]) for e in range(shape[0])]
         forms = {form.name: form for form, _ in parts}
         if len(forms) > 1:
@@ -295,8 +303,10 @@ class GGUFWeights(_FileWeights):
         return parts[0][0], data if parts[0][0].dtype is None else data.view(shape)
 
     def finish(self) -> None:
-        """ModelLoadError if tensors are left over."""
-        names = set(self._file.tensors) - self._names.consumed
+        """ModelLoadError if tensors are left over, other than in layers behind the last one."""
+        layers = int(self._config["num_hidden_layers"])
+        names = {name for name in self._file.tensors if _layer(name) < layers}
+        names -= self._names.consumed
         self._check_used(names, str(self._file.path))
 
     def _is_halved(self, name: str) -> bool:
@@ -346,7 +356,11 @@ class GGUFWeights(_FileWeights):
         if own not in self._file.tensors:
             raise ModelLoadError(f"{self._file.path}: tensor {own} is missing")
         tensor = self._file.tensors[own]
-        _check_shape(str(self._file.path), own, tensor.shape, shape)
+        squeezed = shape[0] == 1 and tensor.shape == shape[1:]  # as llama.cpp does with one row
+        if not squeezed:
+            _check_shape(str(self._file.path), own, tensor.shape, shape)
         self._used.add(own)
         form = tensor.format
-        return form, self._file.raw(own) if form.dtype is None else self._file.dense(own)
+        if form.dtype is None:
+            return form, self._file.raw(own)
+        return form, self._file.dense(own).view(shape)

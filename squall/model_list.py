@@ -9,11 +9,15 @@ from rich.table import Table
 from squall.loaders.gguf_config import ARCHITECTURES as GGUF
 from squall.models.registry import ARCHITECTURES
 
-# In GGUF files Mistral and InternLM 3 are Llamas, OLMo 3 is an OLMo 2 with a window.
+# In GGUF files Mistral, Mixtral and InternLM 3 are Llamas, OLMo 3 is an OLMo 2 with a window.
 _SHARED = {
+    "DeepseekV3ForCausalLM": "deepseek2",
+    "GraniteMoeSharedForCausalLM": "granitemoe",
     "InternLM3ForCausalLM": "llama",
     "MistralForCausalLM": "llama",
+    "MixtralForCausalLM": "llama",
     "Olmo3ForCausalLM": "olmo2",
+    "PhiMoEForCausalLM": "phimoe",
 }
 _HEAD = ("family", "Hugging Face class", "GGUF architecture")
 

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers.core_model_loading import revert_weight_conversion
 
+from squall.loaders.errors import ModelLoadError
 from squall.loaders.hub import resolve
 from squall.loaders.load import Checkpoint
 from squall.loaders.progress import NoProgress
@@ -212,6 +214,80 @@ def _deepseek_mla(config: Config) -> Keys:
     }
 
 
+_ROUTED = {  # by key the names that configs have for it
+    "expert_count": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    "expert_used_count": ("num_experts_per_tok", "moe_k", "moe_topk"),
+    "expert_feed_forward_length": ("moe_intermediate_size",),
+    "expert_shared_feed_forward_length": (
+        "shared_expert_intermediate_size",
+        "shared_intermediate_size",
+    ),
+}
+_DEEPSEEK = {
+    "expert_shared_count": ("n_shared_experts",),
+    "expert_weights_scale": ("routed_scaling_factor",),
+    "expert_weights_norm": ("norm_topk_prob",),
+    "expert_group_count": ("n_group",),
+    "expert_group_used_count": ("topk_group",),
+    "leading_dense_block_count": ("first_k_dense_replace",),
+}
+_WINDOW = {"attention.sliding_window": ("sliding_window",)}
+_ERNIE = {
+    "expert_shared_count": ("moe_num_shared_experts",),
+    "leading_dense_block_count": ("moe_layer_start_index",),
+    "interleave_moe_layer_step": ("moe_layer_interval",),
+}
+
+
+def _found(config: Config, names: dict[str, tuple[str, ...]]) -> Keys:
+    return {
+        key: value
+        for key, aliases in names.items()
+        for name in aliases
+        if (value := getattr(config, name, None)) is not None
+    }
+
+
+def _routed(config: Config) -> Keys:
+    return _rope(config) | _found(config, _ROUTED)
+
+
+def _softmax_deepseek(config: Config) -> Keys:
+    return _deepseek_mla(config) | _found(config, _ROUTED | _DEEPSEEK)
+
+
+def _sigmoid_deepseek(config: Config) -> Keys:
+    return _softmax_deepseek(config) | {"expert_gating_func": 2}
+
+
+def _granitemoe(config: Config) -> Keys:
+    return _granite(config) | _found(config, _ROUTED)
+
+
+def _windowed_experts(config: Config) -> Keys:
+    return _routed(config) | _found(config, _WINDOW)
+
+
+def _gpt_oss(config: Config) -> Keys:
+    return _windowed_experts(config) | {"expert_feed_forward_length": config.intermediate_size}
+
+
+def _glm4moe(config: Config) -> Keys:
+    routed = _found(config, _ROUTED | _DEEPSEEK)
+    return _partial(config) | routed | {"expert_gating_func": 2}
+
+
+def _ernie4_5_moe(config: Config) -> Keys:
+    """The size of the shared MLP is not what the key says."""
+    wrong = {"expert_shared_feed_forward_length": config.intermediate_size // 2}
+    return _routed(config) | _found(config, _ERNIE) | wrong
+
+
+def _hunyuan_moe(config: Config) -> Keys:
+    sizes = ("expert_feed_forward_length", "expert_shared_feed_forward_length")
+    return _routed(config) | dict.fromkeys(sizes, config.intermediate_size)
+
+
 def _gemma3n(config: Config) -> Keys:
     sparsity = torch.tensor(config.activation_sparsity_pattern)
     return _gemma3(config) | {
@@ -229,7 +305,8 @@ _EPSILONS = {
     "attention.layer_norm_epsilon": ("layer_norm_eps", "norm_epsilon", "norm_eps"),
 }
 _LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 64, "v_head_dim": 32}  # whole blocks
-_PERMUTED = {"llama", "granite", "smollm3", "arcee", "olmo"}
+_WHOLE_EXPERTS = {"moe_intermediate_size": 32}
+_PERMUTED = {"llama", "granite", "granitemoe", "smollm3", "arcee", "olmo"}
 _SHIFTED = {"gemma", "gemma2", "gemma3", "nemotron"}
 # By case of the table of safetensors models: the GGUF architecture, its keys, and what must be
 # another value because the file does not say it.
@@ -286,6 +363,72 @@ ROWS: dict[str, tuple[str, Callable[[Config], Keys], dict[str, Any]]] = {
     "gemma3": ("gemma3", _gemma3, {"query_pre_attn_scalar": 16}),
     "gemma3n": ("gemma3n", _gemma3n, _WHOLE_ALTUP),
     "gemma3-ropes-softcaps": ("gemma3", _gemma3, {"query_pre_attn_scalar": 32}),
+    "mixtral": ("llama", _routed, {"sliding_window": None}),
+    "qwen2-moe": (
+        "qwen2moe",
+        _routed,
+        _WHOLE_EXPERTS | {"shared_expert_intermediate_size": 64, "mlp_only_layers": []},
+    ),
+    "qwen3-moe": ("qwen3moe", _routed, _WHOLE_EXPERTS | {"decoder_sparse_step": 1}),
+    "deepseek_v2-experts": ("deepseek2", _softmax_deepseek, _LATENT | _WHOLE_EXPERTS),
+    "deepseek_v2-groups": ("deepseek2", _softmax_deepseek, _LATENT | _WHOLE_EXPERTS),
+    "deepseek_v3-experts": ("deepseek2", _sigmoid_deepseek, _LATENT | _WHOLE_EXPERTS),
+    "deepseek_v3-one-group": ("deepseek2", _sigmoid_deepseek, _LATENT | _WHOLE_EXPERTS),
+    "gpt-oss": ("gpt-oss", _gpt_oss, {}),
+    "phimoe": ("phimoe", _windowed_experts, {"router_jitter_noise": 0.01}),
+    "granitemoe": ("granitemoe", _granitemoe, {}),
+    "granitemoe-shared": ("granitemoe", _granitemoe, {"shared_intermediate_size": 64}),
+    "olmoe": ("olmoe", _routed, {"norm_topk_prob": False}),
+    "glm4-moe": ("glm4moe", _glm4moe, _WHOLE_EXPERTS),
+    "ernie4_5-moe": (
+        "ernie4_5-moe",
+        _ernie4_5_moe,
+        _WHOLE_EXPERTS | {"moe_layer_end_index": -1},
+    ),
+    "hunyuan-moe": ("hunyuan-moe", _hunyuan_moe, {}),
+}
+
+
+def _one_tensor_an_expert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As files of Mixtral were until April 2024."""
+    found = {}
+    for name, tensor in tensors.items():
+        stem, exps, kind = name.rpartition("_exps.")
+        parts = {f"{stem}.{i}.{kind}": part for i, part in enumerate(tensor)} if exps else {}
+        found.update(parts or {name: tensor})
+    return found
+
+
+def _gate_and_up_as_one(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As the converter writes them with ``--fuse-gate-up-exps``."""
+    found = dict(tensors)
+    for name in tensors:
+        if "_gate_exps." in name:
+            parts = found.pop(name), found.pop(name.replace("_gate_", "_up_"))
+            found[name.replace("_gate_", "_gate_up_")] = torch.cat(parts, 1)
+    return found
+
+
+def _gate_of_one_row(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As files that other converters write."""
+    return {
+        name: tensor[None] if name.endswith("ffn_gate_inp_shexp.weight") else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def _next_layer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With a layer behind the last one, which predicts further tokens."""
+    return tensors | {"blk.3.nextn.enorm.weight": torch.ones(8)}
+
+
+# Other layouts of the same tensors, and the keys that change with them.
+LAYOUTS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], Keys]] = {
+    "mixtral": (_one_tensor_an_expert, {}),
+    "qwen2-moe": (_gate_of_one_row, {}),
+    "qwen3-moe": (_gate_and_up_as_one, {}),
+    "gpt-oss": (_gate_and_up_as_one, {}),
+    "glm4-moe": (_next_layer, {"block_count": 4, "nextn_predict_layers": 1}),
 }
 
 
@@ -313,13 +456,47 @@ def _stacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | {f"{name}.weight": torch.stack(parts) for name, parts in rows.items()}
 
 
+def _merged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With the matrices of all experts in one tensor, one for each projection."""
+    parts: dict[str, list[Tensor]] = {}
+    for name in sorted(tensors, key=lambda name: [int(n) for n in re.findall(r"\d+", name)]):
+        numbered = re.fullmatch(r"(.+\.experts)\.\d+\.(\w+\.weight)", name)
+        if numbered:
+            parts.setdefault(".".join(numbered.groups()), []).append(tensors.pop(name))
+    return tensors | {name: torch.stack(matrices) for name, matrices in parts.items()}
+
+
+def _converted(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What the converter makes of one tensor, under names that the ``gguf`` package knows: gate
+    and up apart, of GPT-OSS also out of their alternation and ``[out, in]``."""
+    stem, _, last = name.rpartition(".")
+    if name.endswith("block_sparse_moe.input_linear.weight"):
+        stem = name.replace("input_linear.weight", "experts")
+        names = f"{stem}.w1.weight", f"{stem}.w3.weight"
+        return dict(zip(names, tensor.chunk(2, 1), strict=True))
+    if name.endswith("shared_mlp.input_linear.weight"):
+        stem = name.replace("shared_mlp.input_linear.weight", "mlp.shared_expert")
+        names = f"{stem}.gate_proj.weight", f"{stem}.up_proj.weight"
+        return dict(zip(names, tensor.chunk(2), strict=True))
+    if stem.endswith("mlp.experts") and last.startswith(("gate_up_proj", "down_proj")):
+        module, kind = last.removesuffix("_bias"), "bias" if last.endswith("bias") else "weight"
+        rows = tensor if kind == "bias" else tensor.transpose(1, 2)
+        if module == "down_proj":
+            return {f"{stem}.down_proj.{kind}": rows}
+        return {f"{stem}.gate_proj.{kind}": rows[:, ::2], f"{stem}.up_proj.{kind}": rows[:, 1::2]}
+    if last == "sinks" or last.endswith("_scale"):
+        return {f"{name}.weight": tensor}
+    return {name.replace("correction_bias", "correction.bias"): tensor.squeeze()}
+
+
 def _tensors(model: torch.nn.Module, architecture: str, halved: bool) -> dict[str, Tensor]:
     config = model.config
     kind = next(k for k, v in gguf.MODEL_ARCH_NAMES.items() if v == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     tensors = {}
-    for name, tensor in _stacked(model.state_dict()).items():
+    published = revert_weight_conversion(model, model.state_dict())
+    for name, tensor in _stacked(_merged(published)).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         module = name.split(".")[-2]
@@ -327,9 +504,7 @@ def _tensors(model: torch.nn.Module, architecture: str, halved: bool) -> dict[st
             tensor = _permuted(tensor, heads[module])
         if architecture in _SHIFTED and name.endswith("norm.weight"):
             tensor = tensor + 1
-        if name.endswith("_scale"):
-            name += ".weight"
-        parts = {name: tensor}
+        parts = _converted(name, tensor)
         if halved and module == "kv_b_proj":
             halves = zip(("k_b_proj", "v_b_proj"), _halves(tensor, config), strict=True)
             parts = {name.replace(module, half): part for half, part in halves}
@@ -346,9 +521,19 @@ def _tensors(model: torch.nn.Module, architecture: str, halved: bool) -> dict[st
     return tensors
 
 
+_KEPT = ("norm", "altup", "laurel", "per_layer_model_proj", "bias", "ffn_gate_inp")
+_KEPT += ("mlp.gate.", "router", "shared_expert_gate")  # transformers' names of routers
+
+
 def _kept(name: str) -> bool:
-    """Whether llama.cpp leaves a matrix as it is."""
-    return any(part in name for part in ("norm", "altup", "laurel", "per_layer_model_proj"))
+    """Whether llama.cpp leaves a matrix as it is; ``name`` is transformers' or the file's."""
+    return any(part in name for part in _KEPT)
+
+
+def _kind_of(name: str, kind: Kind, config: Config) -> Kind:
+    """Of files in MXFP4 only the experts are, if there are any."""
+    routed = hasattr(config, "num_local_experts")
+    return Q8_0 if kind is MXFP4 and routed and "exps" not in name else kind
 
 
 def _rounded(matrix: Tensor, kind: Kind) -> Tensor:
@@ -363,12 +548,24 @@ def _round_to(model: torch.nn.Module, kind: Kind, halved: bool) -> None:
             if halved and "kv_b_proj" in name:
                 for half in _halves(parameter, model.config):
                     half.copy_(_rounded(half, kind))
-            elif parameter.dim() == 2 and not _kept(name):
-                parameter.copy_(_rounded(parameter, kind))
+            elif model.config.model_type == "gpt_oss" and parameter.dim() == 3:
+                rows = parameter.transpose(1, 2)
+                rows.copy_(_rounded(rows, kind))
+            elif parameter.dim() in (2, 3) and not _kept(name):
+                parameter.copy_(_rounded(parameter, _kind_of(name, kind, model.config)))
+
+
+def _unchanged(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors
 
 
 def write_gguf(
-    path: Path, model: torch.nn.Module, architecture: str, keys: Keys, kind: Kind | None
+    path: Path,
+    model: torch.nn.Module,
+    architecture: str,
+    keys: Keys,
+    kind: Kind | None,
+    layout: Callable[[dict[str, Tensor]], dict[str, Tensor]] = _unchanged,
 ) -> None:
     config = model.config
     sizes = {
@@ -396,10 +593,12 @@ def write_gguf(
         }
         add[type(value)](f"{architecture}.{suffix}", value)
     writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(SIZES["vocab_size"])])
-    for name, tensor in _tensors(model, architecture, "attention.key_length_mla" in keys).items():
+    tensors = _tensors(model, architecture, "attention.key_length_mla" in keys)
+    for name, tensor in layout(tensors).items():
         data = tensor.float().contiguous().numpy()
         if kind is not None and data.ndim > 1 and not _kept(name):
-            writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
+            own = _kind_of(name, kind, config)
+            writer.add_tensor(name, gguf.quants.quantize(data, own), raw_dtype=own)
         else:
             writer.add_tensor(name, data)
     writer.write_header_to_file()
@@ -408,21 +607,23 @@ def write_gguf(
     writer.close()
 
 
-@pytest.mark.parametrize(
-    ("case", "kind"),
-    [(case, kind) for case in ROWS for kind in (None, Q8_0)] + [("llama", MXFP4)],
-    ids=lambda value: "f32" if value is None else str(getattr(value, "name", value)).lower(),
-)
-def test_logits_equal_transformers(case: str, kind: Kind | None, tmp_path: Path) -> None:
+def _compare(
+    case: str,
+    kind: Kind | None,
+    folder: Path,
+    layout: Callable[[dict[str, Tensor]], dict[str, Tensor]] = _unchanged,
+    more_keys: Keys | None = None,
+) -> None:
     """Quantised, the weights are those of the reference, and activations are rounded to 16 bits."""
-    architecture, keys, changes = ROWS[case]
+    architecture, read_keys, changes = ROWS[case]
     family, overrides = CASES[case]
     sizes = WHOLE_BLOCKS if kind else {}
-    reference = save_random(tmp_path / "hf", family, sizes | overrides | changes)
+    reference = save_random(folder / "hf", family, sizes | overrides | changes)
+    keys = read_keys(reference.config) | (more_keys or {})
     if kind:
-        _round_to(reference, kind, halved=keys is _deepseek_mla)
-    path = tmp_path / "model.gguf"
-    write_gguf(path, reference, architecture, keys(reference.config), kind)
+        _round_to(reference, kind, halved="attention.key_length_mla" in keys)
+    path = folder / "model.gguf"
+    write_gguf(path, reference, architecture, keys, kind, layout)
     ids = torch.randint(0, SIZES["vocab_size"], (TOKENS,)).tolist()
     with torch.no_grad():
         expected = reference(torch.tensor([ids])).logits[0].float()
@@ -433,3 +634,39 @@ def test_logits_equal_transformers(case: str, kind: Kind | None, tmp_path: Path)
     assert (found - expected).abs().max().item() <= limit
     if not kind:
         assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+def _name(value: object) -> str:
+    return "f32" if value is None else str(getattr(value, "name", value)).lower()
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [(case, kind) for case in ROWS for kind in (None, Q8_0)]
+    + [("llama", MXFP4), ("gpt-oss", MXFP4)],
+    ids=_name,
+)
+def test_logits_equal_transformers(case: str, kind: Kind | None, tmp_path: Path) -> None:
+    _compare(case, kind, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [None, Q8_0], ids=_name)
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_other_layouts(case: str, kind: Kind | None, tmp_path: Path) -> None:
+    _compare(case, kind, tmp_path, *LAYOUTS[case])
+
+
+def test_experts_that_are_missing(tmp_path: Path) -> None:
+    def without(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in tensors.items() if "2.ffn_up_exps" not in name}
+
+    with pytest.raises(ModelLoadError, match=r"tensor blk\.2\.ffn_up_exps\.weight is missing"):
+        _compare("mixtral", None, tmp_path, without)
+    with pytest.raises(ModelLoadError, match=r"tensor blk\.1\.ffn_down\.4\.weight is missing"):
+        _compare("mixtral", None, tmp_path, _without_one_expert)
+
+
+def _without_one_expert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = _one_tensor_an_expert(tensors)
+    del found["blk.1.ffn_down.4.weight"]
+    return found

@@ -79,6 +79,13 @@ DEEPSEEK_EXPERTS = {
     "norm_topk_prob": True,
 }
 
+PHIMOE = {
+    "num_local_experts": 5,
+    "router_jitter_noise": 0.2,
+    "attention_bias": True,
+    "lm_head_bias": True,
+    "sliding_window": 11,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -180,16 +187,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmoe": ("Olmoe", {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": True}),
-    "phimoe": (
-        "Phimoe",
-        {
-            "num_local_experts": 5,
-            "router_jitter_noise": 0.2,
-            "attention_bias": True,
-            "lm_head_bias": True,
-            "sliding_window": 11,
-        },
-    ),
+    "phimoe": ("Phimoe", PHIMOE),
+    "phimoe-first-name": ("Phimoe", PHIMOE),
     "granitemoe": (
         "GraniteMoe",
         {
@@ -443,8 +442,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-# Classes that transformers has not: config.json says what the published files of the class say, and
-# the weights are those of another class with the same arithmetic.
+# Classes that transformers has not, or not by this name: config.json says what the published files
+# of the class say, and the weights are those of another class with the same arithmetic.
 _INTERNLM3 = {"architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3"}
 REWRITTEN: dict[str, dict[str, Any]] = {
     "internlm3": _INTERNLM3
@@ -458,6 +457,7 @@ REWRITTEN: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "dynamic", "factor": 6.0},
     },
     "internlm3-qkv-bias": _INTERNLM3 | {"qkv_bias": True, "bias": False},
+    "phimoe-first-name": {"architectures": ["PhiMoEForCausalLM"]},
 }
 
 

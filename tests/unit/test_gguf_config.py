@@ -187,18 +187,28 @@ _FULL_EVERY = {
     "gemma2": 2,
     "gemma3": 6,
     "gemma3n": 5,
+    "gpt-oss": 2,
     "olmo2": 4,
     "phi3": 13,
+    "phimoe": 13,
     "starcoder2": 13,
 }
 
 
+_EXPERTS = {"expert_count": 8, "expert_used_count": 2}
+
+
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "deepseek2"])
 def test_configs_are_read_by_the_models(tmp_path: Path, architecture: str) -> None:
-    file = model(tmp_path, architecture, {"attention.sliding_window": 64})
+    keys: dict[str, Any] = {"attention.sliding_window": 64}
+    if ARCHITECTURES[architecture].experts:
+        keys |= _EXPERTS | {"expert_feed_forward_length": 96}
+    file = model(tmp_path, architecture, keys)
     config = gguf_config(file)
     decoder = read_config(config["architectures"][0], ConfigReader(config, file.path))
     assert (decoder.num_layers, decoder.num_heads, decoder.num_kv_heads) == (12, 4, 2)
+    experts = decoder.moe and (decoder.moe.experts, decoder.moe.router.top_k)
+    assert experts == ((8, 2) if ARCHITECTURES[architecture].experts else None)
     assert (decoder.head_dim, decoder.vocab_size, decoder.tie_embeddings) == (16, 50, True)
     assert decoder.attention_scale == pytest.approx(1 if architecture == "gemma3n" else 16**-0.5)
     full = _FULL_EVERY.get(architecture, 1)  # each n-th layer sees all
@@ -265,7 +275,31 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "value size": ("llama", {"attention.value_length": 8}, "8 is not the head size 16"),
     "rope size": ("llama", {"rope.dimension_count": 8}, "8 is not the head size 16"),
-    "experts": ("llama", {"expert_count": 8}, "mixtures of experts"),
+    "experts": ("qwen2", {"expert_count": 8}, "experts are not supported in qwen2"),
+    "no experts": ("qwen3moe", {"expert_count": 0}, r"0 is not in \[1, "),
+    "used experts": ("llama", _EXPERTS | {"expert_used_count": 9}, "9 of 8 experts"),
+    "groups": (
+        "deepseek2",
+        _NEW | _EXPERTS | {"expert_group_count": 2, "expert_group_used_count": 3},
+        "3 of 2 groups",
+    ),
+    "gating": (
+        "deepseek2",
+        _NEW | _EXPERTS | {"expert_gating_func": 3, "expert_feed_forward_length": 32},
+        "3 is not 1 .softmax. or 2",
+    ),
+    "temperature": (
+        "deepseek2",
+        _NEW | {"attention.temperature_scale": 0.1},
+        "temperature_scale': is not supported",
+    ),
+    "softmax": ("glm4moe", _EXPERTS | {"expert_gating_func": 1}, r"1 is not 2 .sigmoid"),
+    "two sizes": (
+        "hunyuan-moe",
+        _EXPERTS | {"expert_feed_forward_length": 32},
+        "32 is not feed_forward_length, 96",
+    ),
+    "further layers": ("llama", {"nextn_predict_layers": 12}, "12 of 12 layers"),
     "epsilon": ("llama", {"attention.layer_norm_rms_epsilon": 0.0}, "not a number above 0"),
     "epsilon nan": ("llama", {"attention.layer_norm_rms_epsilon": math.nan}, "nan is not a num"),
     "theta": ("llama", {"rope.freq_base": -1.0}, r"rope\.freq_base'.*-1\.0"),
@@ -346,6 +380,19 @@ def test_names_are_those_of_the_gguf_package(architecture: str) -> None:
         tensor = names.gguf_name(parameter)
         assert tensor == official.get_name(parameter, try_suffixes=(".weight", ".bias"))
         assert names.parameter_name(tensor) == parameter
+
+
+def test_names_of_experts() -> None:
+    layer = "model.layers.7"
+    experts = NAME_MAPS["llama"].expert_tensors(f"{layer}.block_sparse_moe.experts.{{}}.w3.weight")
+    assert experts == ("blk.7.ffn_up_exps.weight",)
+    both = ("blk.7.ffn_gate_exps.bias", "blk.7.ffn_up_exps.bias")
+    assert NAME_MAPS["gpt-oss"].expert_tensors(f"{layer}.mlp.experts.gate_up_proj_bias") == both
+    shared = NAME_MAPS["granitemoe"].split_tensors(f"{layer}.shared_mlp.input_linear.weight")
+    assert shared == ("blk.7.ffn_gate_shexp.weight", "blk.7.ffn_up_shexp.weight")
+    assert NAME_MAPS["granitemoe"].split_tensors(f"{layer}.self_attn.q_proj.weight") == ()
+    correction = NAME_MAPS["deepseek2"].gguf_name(f"{layer}.mlp.gate.e_score_correction_bias")
+    assert correction == "blk.7.exp_probs_b.bias"
 
 
 def test_names_outside_the_map() -> None:
