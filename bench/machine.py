@@ -84,14 +84,14 @@ def prefill_floor_s(model: Decoder, tokens: int, ceilings: Ceilings) -> float:
     config = model.config
     head = config.vocab_size * config.hidden_size
     linear = 2 * tokens * (matmul_weights(config) - head) + 2 * head
-    pairs = sum(_pairs(tokens, layer.window) for layer in config.layers)
+    pairs = sum(visible_pairs(tokens, layer.window) for layer in config.layers)
     flops = linear + 2 * pairs * config.num_heads * (config.head_dim + config.value_dim)
     memory = streamed_bytes(model, tokens) / ceilings.memory_bytes_s
     return max(flops / ceilings.matmul_flops_s, memory)
 
 
-def _pairs(tokens: int, window: int) -> int:
-    """Pairs of a query and a key it sees, in one layer."""
+def visible_pairs(tokens: int, window: int) -> int:
+    """Pairs of a query and a key that it sees, in one layer and a prompt of ``tokens``."""
     span = min(tokens, abs(window) or tokens)
     if window < 0:
         chunks, rest = divmod(tokens, span)
