@@ -13,6 +13,7 @@ import torch
 import triton
 
 from squall.bench.cases import attention_shapes
+from squall.kernels.attention.window import first_key
 from squall.kernels.backends.device import backend_of
 from squall.models.config import DecoderConfig, LayerConfig
 from squall.models.decoder import Decoder
@@ -83,15 +84,25 @@ def prefill_floor_s(model: Decoder, tokens: int, ceilings: Ceilings) -> float:
     config = model.config
     head = config.vocab_size * config.hidden_size
     linear = 2 * tokens * (matmul_weights(config) - head) + 2 * head
-    pairs = sum(seen * (2 * tokens - seen + 1) // 2 for seen in visible_tokens(config, tokens))
+    pairs = sum(visible_pairs(tokens, layer.window) for layer in config.layers)
     flops = linear + 2 * pairs * config.num_heads * (config.head_dim + config.value_dim)
     memory = streamed_bytes(model, tokens) / ceilings.memory_bytes_s
     return max(flops / ceilings.matmul_flops_s, memory)
 
 
+def visible_pairs(tokens: int, window: int) -> int:
+    """Pairs of a query and a key that it sees, in one layer and a prompt of ``tokens``."""
+    span = min(tokens, abs(window) or tokens)
+    if window < 0:
+        chunks, rest = divmod(tokens, span)
+        return (chunks * span * (span + 1) + rest * (rest + 1)) // 2
+    return span * (2 * tokens - span + 1) // 2
+
+
 def visible_tokens(config: DecoderConfig, context: int) -> list[int]:
-    """Tokens the newest token sees in each layer, ``context`` or the layer's window."""
-    return [min(context, layer.window or context) for layer in config.layers]
+    """Tokens the newest token sees in each layer."""
+    newest = context - 1
+    return [context - max(0, first_key(newest, layer.window)) for layer in config.layers]
 
 
 def matmul_weights(config: DecoderConfig) -> int:

@@ -20,6 +20,7 @@ _SIZE_KEYS: Final = frozenset(
     {
         "hidden_size",
         "intermediate_size",
+        "intermediate_size_mlp",
         "moe_intermediate_size",
         "num_hidden_layers",
         "num_attention_heads",
@@ -323,6 +324,7 @@ _DEFAULT_THETA: Final = 10000.0
 _MODEL_THETA: Final = {
     "gemma3_text": (1e6, 1e4),
     "gemma3n_text": (1e6, 1e4),
+    "llama4_text": (5e5, None),
     "olmo3": (5e5, 5e5),
 }
 # Likewise of other keys, in nested objects only: for a config of its own transformers 4 writes all.

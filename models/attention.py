@@ -66,8 +66,7 @@ class Attention:
         self.qk_norm = (
             None if self.shares else read_qk_norm(config, source, (q_name, k_name), rotary)
         )
-        self.growth = config.query_growth
-        assert self.growth is None or not config.qk_norm, "a norm would undo the growth of q"
+        self.growth = layer.query_growth
         self.q_size, self.kv_size = q_size, kv_size
         self.q_norm: Tensor | None = None
         self.k_norm: Tensor | None = None
@@ -85,6 +84,9 @@ class Attention:
             assert self.k_norm is not None
             self.q_factor = self.q_norm * self.k_norm
             self.q_norm = self.k_norm = torch.ones_like(self.q_norm)
+        if layer.unit_qk_norm:
+            self.q_norm = self.k_norm = torch.ones(config.head_dim, device=source.device)
+        assert self.growth is None or self.q_norm is None, "a norm would undo the growth of q"
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -107,8 +109,8 @@ class Attention:
             qkv = self.qk_norm(qkv)
         slots = batch.slots
         growth = self.growth
-        if growth is not None and batch.max_context_len > growth.every:
-            steps = torch.floor(batch.positions / growth.every)
+        if growth is not None and batch.max_context_len + growth.ahead > growth.every:
+            steps = torch.floor((batch.positions + growth.ahead) / growth.every)
             qkv[:, : self.q_size] *= (1 + growth.beta * torch.log1p(steps))[:, None]
         if self.shares:  # turns q alone
             qkv, slots = F.pad(qkv, (0, 2 * self.kv_size)), torch.full_like(slots, -1)

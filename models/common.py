@@ -50,6 +50,18 @@ def read_rope(reader: ConfigReader, head_dim: int, layer_type: str | None = None
     return RopeConfig(dim, theta, rule, settings)
 
 
+def read_no_ropes(reader: ConfigReader, layers: int) -> list[int]:
+    """Each layer's rope where some do not turn: 0 turns, 1 does not. ``no_rope_layers`` has 1 for
+    those that do; without it (or empty) each ``no_rope_layer_interval``-th does not."""
+    flags = reader.get_list("no_rope_layers", None)
+    if not flags:
+        interval = reader.get_int("no_rope_layer_interval", 4)
+        flags = [int((i + 1) % interval != 0) for i in range(layers)]
+    if len(flags) != layers:
+        raise reader.fail("no_rope_layers", f"{len(flags)} entries for {layers} layers")
+    return [0 if flag else 1 for flag in flags]
+
+
 def read_windows(reader: ConfigReader, layers: int, default_sliding: bool) -> tuple[int, ...]:
     """Each layer's window: ``layer_types`` when given, else ``sliding_window`` on every layer
     (if ``default_sliding``) or on none."""

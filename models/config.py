@@ -47,22 +47,25 @@ class RopeConfig:
 
 
 @dataclass(frozen=True)
-class LayerConfig:
-    """What may differ from layer to layer."""
-
-    window: int = 0  # tokens a query sees, itself included; 0: all
-    rope: int = 0  # index into DecoderConfig.ropes
-    experts: bool = False  # a mixture of experts instead of the MLP
-    shares: int | None = None  # the earlier layer whose keys and values it reads, having none
-
-
-@dataclass(frozen=True)
 class QueryGrowth:
-    """Scores grow with the position p of the query by ``1 + beta ln(1 + floor(p / every))``
-    (Llama 4, Ministral 3)."""
+    """Scores grow with the position p of the query by ``1 + beta ln(1 + floor((p + ahead) /
+    every))`` (Llama 4, Ministral 3)."""
 
     beta: float
     every: int  # tokens
+    ahead: int = 0  # tokens
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What may differ from layer to layer."""
+
+    window: int = 0  # which keys a query sees: squall.kernels.attention.window; 0: all
+    rope: int = 0  # index into DecoderConfig.ropes
+    experts: bool = False  # a mixture of experts instead of the MLP
+    shares: int | None = None  # the earlier layer whose keys and values it reads, having none
+    unit_qk_norm: bool = False  # RMS norms of the heads of q and k, without weights
+    query_growth: QueryGrowth | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ class DecoderConfig:
     mlp_bias: bool = False
     parallel: bool = False  # attention and MLP read the same stream
     plain_mlp: tuple[str, str] | None = None  # an MLP without gate: names of its two projections
+    mlp_name: str = "mlp"  # in checkpoints
     attention_out: str = "o_proj"  # its name in checkpoints
     final_norm: str = "model.norm"
     head_bias: bool = False
@@ -184,7 +188,6 @@ class DecoderConfig:
     wide_qk_norm: bool = False  # one norm over all heads of q, one over those of k
     head_layer_norm: bool = False  # layer norms of the heads of q and k, a weight for each head
     qk_norm_names: tuple[str, str] = ("q_norm", "k_norm")  # in checkpoints
-    query_growth: QueryGrowth | None = None
     v_norm: bool = False  # RMS norms of the heads of v, without weights
     qk_norm_after_rope: bool = False  # that of qk_norm; the others come before it
     layer_norm: bool = False  # layer norms instead of RMS norms

@@ -41,7 +41,9 @@ class Block:
         self.mlp: FeedForward = (
             MoE(config, source, prefix)
             if layer.experts
-            else (PlainMLP if config.plain_mlp else GatedMLP)(config, source, f"{prefix}.mlp")
+            else (PlainMLP if config.plain_mlp else GatedMLP)(
+                config, source, f"{prefix}.{config.mlp_name}"
+            )
         )
         self.parallel = config.parallel
         self.mlp_norm = norm(names.mlp)

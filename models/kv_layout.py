@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from squall.kernels.attention.window import sees_all
 from squall.models.config import DecoderConfig
 
 # Each group has a block table of its own, which a step has to prepare and upload.
@@ -19,7 +20,8 @@ MAX_GROUPS = 8
 
 @dataclass(frozen=True)
 class KVLayout:
-    """``windows`` of the groups: tokens that a query of their layers sees, itself included; 0: all.
+    """``windows`` of the groups: what a query of their layers sees (``squall.kernels.attention.
+    window``).
     ``groups`` and ``places`` say of every layer with keys of its own (those of
     ``DecoderConfig.caches``) which group it is in, and which one of it."""
 
@@ -39,9 +41,10 @@ class KVLayout:
 
 
 def kv_layout(config: DecoderConfig, max_len: int) -> KVLayout:
-    """The layout for sequences of up to ``max_len`` tokens: windows as long as that are none."""
+    """The layout for sequences of up to ``max_len`` tokens: windows and chunks as long as that
+    are none."""
     windows_of = (layer.window for layer in config.layers if layer.shares is None)
-    kept = [window if window < max_len else 0 for window in windows_of]
+    kept = [0 if sees_all(max_len, window) else window for window in windows_of]
     size = _group_size(Counter(kept).values())
     windows: list[int] = []
     groups, places = [0] * len(kept), [0] * len(kept)

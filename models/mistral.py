@@ -21,8 +21,9 @@ def _read_growth(reader: ConfigReader) -> QueryGrowth | None:
 
 def read_config(reader: ConfigReader, eps: str = "rms_norm_eps") -> DecoderConfig:
     """``eps`` as in ``llama``."""
+    growth = _read_growth(reader)
+    layers = read_layers(reader, default_sliding=True)
     return replace(
         llama.read_config(reader, eps),
-        layers=read_layers(reader, default_sliding=True),
-        query_growth=_read_growth(reader),
+        layers=tuple(replace(layer, query_growth=growth) for layer in layers),
     )

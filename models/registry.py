@@ -43,6 +43,8 @@ ARCHITECTURES: dict[str, Row] = {
     "HunYuanDenseV1ForCausalLM": Row("hunyuan_v1_dense", "HunYuan (dense)"),
     "HunYuanMoEV1ForCausalLM": Row("hunyuan_v1_moe", "HunYuan A13B"),
     "InternLM3ForCausalLM": Row("internlm3", "InternLM 3"),
+    "Llama4ForCausalLM": Row("llama4", "Llama 4 (text)"),
+    "Llama4ForConditionalGeneration": Row("llama4", "Llama 4 (text part)", text_part=True),
     "LlamaForCausalLM": Row("llama", "Llama 2, 3; Falcon 3, SmolLM, R1 distillations"),
     "Ministral3ForCausalLM": Row("mistral", "Ministral 3 (text)"),
     "MinistralForCausalLM": Row("mistral", "Ministral"),

@@ -38,7 +38,9 @@ def choose_attention(
 def _refusal(config: DecoderConfig, dtype: torch.dtype, options: EngineOptions) -> str | None:
     if config.mla is not None:
         return "it has no latent attention (MLA)"
-    features = {"window"} if any(layer.window for layer in config.layers) else set()
+    features = {
+        "window" if layer.window > 0 else "chunks" for layer in config.layers if layer.window
+    }
     features |= {"softcap"} if config.attention_softcap else set()
     block_size = options.pa_blk_size
     return xformers_backend.refusal(config.head_dim, block_size, (dtype, dtype), features)

@@ -2,14 +2,16 @@
 here, only block ids.
 
 The layers are in groups (``squall.models.kv_layout``), which differ in the tokens they keep: all of
-them (window 0), or those that the next query sees. A block holds the tokens of one group, and any
-block can serve any group, so there is one pool. A sequence has a block table for each group.
+them (window 0), or those that the next query sees (``squall.kernels.attention.window``). A block
+holds the tokens of one group, and any block can serve any group, so there is one pool. A sequence
+has a block table for each group.
 
 Callers see ``allocate``, ``free`` and ``free_blocks``. None of them promises which ids come back
 or that a freed block is forgotten at once, so sharing (reference counts) and keeping freed blocks
 for later hits (a cache keyed by content) can be added inside this class.
 """
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterable
 
@@ -24,8 +26,14 @@ def blocks_needed(tokens: int, block_size: int, windows: tuple[int, ...]) -> int
     computed token by token. Longer chunks need more for one step: a chunk's first query still sees
     the window before it."""
     whole = blocks_for(tokens, block_size)
-    # w tokens that do not begin with a block reach into one block more
-    return sum(min(whole, (w - 2) // block_size + 2) if w else whole for w in windows)
+    return sum(min(whole, _most_blocks(w, block_size)) if w else whole for w in windows)
+
+
+def _most_blocks(window: int, block_size: int) -> int:
+    """Blocks that the tokens of a window, or of a chunk, reach into at most. A window begins
+    anywhere in a block, a chunk at a multiple of its size only."""
+    step = math.gcd(window, block_size) if window < 0 else 1
+    return (abs(window) - step - 1) // block_size + 2
 
 
 def longest_sequence(limit: int, blocks: int, block_size: int, windows: tuple[int, ...]) -> int:

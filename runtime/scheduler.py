@@ -35,6 +35,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from squall.kernels.attention.window import first_key
 from squall.runtime.pages import BlockPool, blocks_for, blocks_needed, longest_sequence
 from squall.runtime.request import EngineRequest, Sequence
 
@@ -65,7 +66,7 @@ class Limits:
     block_size: int  # tokens per cache block
     max_queue: int  # unfinished requests that add() accepts beyond max_seqs
     max_seq_len: int  # tokens of a sequence, prompt and output
-    windows: tuple[int, ...] = (0,)  # of each group of layers, tokens it keeps; 0: all
+    windows: tuple[int, ...] = (0,)  # of each group of layers (squall.kernels.attention.window)
 
     def __post_init__(self) -> None:
         for name in ("max_seqs", "token_budget", "block_size", "max_queue", "max_seq_len"):
@@ -178,7 +179,7 @@ def slide(state: State, limits: Limits) -> None:
     for seq in state.running:
         for group, window in enumerate(limits.windows):
             # the next token to be computed is also the first that is still to look back
-            first = (seq.computed - window + 1) // limits.block_size if window else 0
+            first = first_key(seq.computed, window) // limits.block_size
             slid = seq.slid[group]
             if first > slid:
                 table = seq.blocks[group]

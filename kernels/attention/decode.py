@@ -29,7 +29,13 @@ from torch import Tensor
 from squall.kernels.attention.fp8 import read, stored_as, value_as, written
 from squall.kernels.attention.parts import finish, merge, part_of, tiles_of
 from squall.kernels.attention.rope import load_angles, load_heads, turned
-from squall.kernels.attention.tile import dot_precision, nearest_keys, padded_dim, softcapped
+from squall.kernels.attention.tile import (
+    dot_precision,
+    first_seen,
+    nearest_keys,
+    padded_dim,
+    softcapped,
+)
 from squall.kernels.counters import COUNT, counters
 from squall.kernels.lang import let_next_come, next_power_of_2, prefetch, tl, wait_for_last
 from squall.kernels.launch import kernel
@@ -125,7 +131,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     first_tile, tiles = tiles_of(context, TILE, WINDOW)
     start = first_tile + part * tiles // parts
     end = first_tile + (part + 1) * tiles // parts
-    first_key = tl.maximum(context - WINDOW, 0) if WINDOW > 0 else 0
+    first_key = tl.maximum(first_seen(context - 1, WINDOW), 0) if WINDOW != 0 else 0
     cached = context
     readable = context
     if HALF > 0:
@@ -133,6 +139,8 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
         cached = context - 1
         readable = tl.maximum(cached, 1)
         end = start if WINDOW == 1 else tl.minimum(end, (cached + TILE - 1) // TILE)
+        if WINDOW < 0:  # the newest key may be the first of its chunk
+            end = tl.where(first_key < cached, end, start)
     table = table_ptr + sequence.to(tl.int64) * table_stride
     k_base = k_ptr + kv_head * DIM
     v_base = v_ptr + kv_head * DIM

@@ -187,6 +187,9 @@ def _cases() -> Iterator[Case]:
     yield _case("window", _SOME, (4, 2, 16), "", 16, 8, (20, 0.0), aot=BF16)
     yield _case("window1", _SOME, (4, 2, 16), "", 16, 8, (1, 0.0))
     yield _case("window2", _SOME, (4, 2, 16), "", 16, 8, (2, 0.0))
+    yield _case("chunk", _SOME, (4, 2, 16), "", 16, 8, (-32, 0.0), aot=BF16)
+    yield _case("chunk1", _SOME, (4, 2, 16), "", 16, 8, (-1, 0.0))
+    yield _case("chunk-fp8", _SOME, (6, 2, 24), "fp8 norm sinks skip", 16, 8, (-9, 2.0))
     yield _case("softcap", _SOME, (4, 2, 16), "norm", limits=(0, 3.0), aot=BF16)
     yield _case("fp8", _SOME, (4, 2, 16), "fp8", 2, aot=BF16)
     yield _case("fp8-norm", _SOME, (6, 2, 24), "fp8 norm sinks skip", 16, 8, (9, 2.0))
@@ -203,6 +206,9 @@ def _cases() -> Iterator[Case]:
     yield _case("long-fp8", ((1, 5000),), (8, 2, 128), "fp8", None, 32, interpret=False)
     limits = (512, 0.0)
     yield _case("long-window", ((1, 3000),), (8, 2, 128), "", None, 32, limits, interpret=False)
+    limits = (-1000, 0.0)  # a whole chunk, and a first token of one
+    chunks = ((1, 3000), (1, 2001))
+    yield _case("long-chunk", chunks, (8, 2, 128), "", None, 32, limits, interpret=False)
 
 
 CASES = tuple(_cases())

@@ -8,11 +8,13 @@ read as the dtype of ``q``), ``block_tables`` int32 ``[S, B]``, ``query_start`` 
 ``h // (H / KV)``.
 
     out = sum_j w_j v_j / sum_j w_j,   w_j = exp(cap(scale * q . k_j))
-                              over the keys j <= p, and j > p - window if window
+                              over the keys first <= j <= p
 
-``softcap`` c > 0 turns a score z into ``c * tanh(z / c)`` (Gemma 2); 0 is none, as is window 0.
+``window`` says which key is the first (``squall.kernels.attention.window``).
+
+``softcap`` c > 0 turns a score z into ``c * tanh(z / c)`` (Gemma 2); 0 is none.
 ``sinks`` float32 ``[H]`` adds ``exp(sinks[h])`` to the denominator of head h (GPT-OSS).
-Block-table entries past a sequence's blocks, or before its window, and cache slots past its
+Block-table entries past a sequence's blocks, or before its first key, and cache slots past its
 context are never read. A sequence with no context gives zeros; rows of ``q`` outside every
 sequence are undefined. ``max_query_len`` and ``max_context_len`` bound the lengths on the host:
 1 query token at most takes the decode kernel. Result: ``[T, H, D]`` like ``q``, dense.
@@ -27,6 +29,7 @@ from torch import Tensor
 from squall.kernels.attention.decode import decode
 from squall.kernels.attention.prefill import prefill
 from squall.kernels.attention.tile import MAX_HEAD_DIM
+from squall.kernels.attention.window import first_key
 from squall.kernels.cases import BF16, BOTH, Case, random
 from squall.kernels.op import op
 
@@ -34,7 +37,7 @@ from squall.kernels.op import op
 def _visible(positions: Tensor, keys: Tensor, window: int) -> Tensor:
     """Boolean [queries, keys]."""
     visible = keys <= positions[:, None]
-    return visible & (keys > positions[:, None] - window) if window else visible
+    return visible & (keys >= first_key(positions, window)[:, None])
 
 
 def paged_attention_reference(
@@ -59,7 +62,7 @@ def paged_attention_reference(
         begin, end = starts[s], starts[s + 1]
         if begin == end or context == 0:
             continue
-        first = max(0, context - (end - begin) + 1 - window) if window else 0
+        first = max(0, first_key(context - (end - begin), window))
         low = first // block_size
         blocks = block_tables[s, low : -(-context // block_size)].long()
         used = slice(first - low * block_size, context - low * block_size)
@@ -158,8 +161,8 @@ def build_batch(
 ) -> tuple[Any, ...]:
     """Arguments for sequences of random tokens; ``shape`` is (heads, kv heads, dim), ``limits``
     (window, softcap), ``options`` "fp8" (caches), "sinks" or both. Blocks are scattered, unused
-    slots and blocks hold NaN, table entries that are unused or before the window are -1 (on a CPU
-    there is NaN too), and q is a strided slice."""
+    slots and blocks hold NaN, table entries that are unused or before the first key are -1 (on a
+    CPU there is NaN too), and q is a strided slice."""
     heads, kv_heads, dim = shape
     counts = [-(-context // block_size) for _, context in lengths]
     total, width = sum(counts), max(counts, default=0) + 2
@@ -179,7 +182,7 @@ def build_batch(
             kv = random((context, kv_heads, dim), dtype, cpu, 50 + 2 * s + c)
             cache[blocks[slots // block_size], slots % block_size] = kv.to(kept)
         if limits[0]:
-            gone = max(0, context - new + 1 - limits[0]) // block_size
+            gone = max(0, first_key(context - new, limits[0])) // block_size
             tables[s, :gone] = -1
             for cache in caches:
                 cache[blocks[:gone]] = torch.full((), float("nan")).to(kept)
@@ -234,6 +237,10 @@ def _cases() -> Iterator[Case]:
     yield _case("decode-window", _DECODE, (4, 2, 16), 8, limits=(20, 0.0), aot=BF16)
     yield _case("decode-window1", _DECODE, (4, 2, 16), 8, limits=(1, 0.0))
     yield _case("prefill-window", _MIXED, (4, 2, 16), 8, limits=(4, 0.0), aot=BF16)
+    yield _case("decode-chunk", _DECODE, (4, 2, 16), 8, limits=(-32, 0.0), aot=BF16)
+    yield _case("decode-chunk1", _DECODE, (4, 2, 16), 8, limits=(-1, 0.0))
+    yield _case("prefill-chunk", _MIXED, (4, 2, 16), 8, limits=(-4, 0.0), aot=BF16)
+    yield _case("prefill-chunk-odd", _MIXED, (4, 2, 16), 8, (-7, 3.0), "sinks fp8")
     yield _case("decode-softcap", _DECODE, (4, 2, 16), limits=(0, 3.0), aot=BF16)
     yield _case("prefill-softcap", _MIXED, (4, 2, 16), limits=(30, 3.0), aot=BF16)
     yield _case("decode-fp8", _DECODE, (4, 2, 16), options="fp8", aot=BF16)
@@ -244,6 +251,8 @@ def _cases() -> Iterator[Case]:
     yield _case("decode-padded", ((1, 20), (1, 0), (0, 0), (1, 3)), (4, 2, 16))
     yield _case("prefill-padded", ((6, 6), (0, 0), (0, 9), (2, 2)), (4, 2, 16))
     yield _case("prefill-tiles", ((150, 150), (70, 200), (1, 130)), (4, 2, 16))
+    chunked: Lengths = ((150, 150), (70, 200), (65, 65))
+    yield _case("prefill-tiles-chunk", chunked, (4, 2, 16), limits=(-64, 0.0))
     wide = tuple((1, 1 + 3 * i) for i in range(150))
     yield _case("decode-wide", wide, (8, 2, 64), interpret=False, aot=BF16)
     uneven = ((1, 20000), *((1, 60 + i) for i in range(40)))
@@ -252,8 +261,10 @@ def _cases() -> Iterator[Case]:
     yield _case("decode-long", ((1, 5000), (1, 1000)), (9, 3, 64), 32, interpret=False)
     yield _case("decode-long-fp8", ((1, 5000),), (8, 2, 128), 32, options="fp8", interpret=False)
     yield _case("decode-long-window", ((1, 3000),), (8, 2, 128), 32, (512, 0.0), interpret=False)
+    yield _case("decode-long-chunk", ((1, 3000),), (8, 2, 128), 32, (-1024, 0.0), interpret=False)
     yield _case("prefill-long", ((1000, 1000), (63, 2000), (1, 999)), (9, 3, 64), interpret=False)
     yield _case("prefill-long-window", ((700, 900),), (8, 4, 128), 32, (256, 50.0), interpret=False)
+    yield _case("prefill-long-chunk", ((700, 900),), (8, 4, 128), 32, (-300, 0.0), interpret=False)
 
 
 CASES = tuple(_cases())

@@ -1,5 +1,6 @@
 """Parts of a sequence's keys in the decode kernel: who works on which, and how they are merged."""
 
+from squall.kernels.attention.tile import first_seen
 from squall.kernels.lang import tl, triton
 
 
@@ -7,8 +8,8 @@ from squall.kernels.lang import tl, triton
 def tiles_of(context, TILE: tl.constexpr, WINDOW: tl.constexpr):  # type: ignore[no-untyped-def]
     """First tile with a visible key, and the number of tiles from there on."""
     first = context * 0
-    if WINDOW > 0:
-        first = tl.maximum(context - WINDOW, 0) // TILE
+    if WINDOW != 0:
+        first = tl.maximum(first_seen(context - 1, WINDOW), 0) // TILE
     return first, (context + TILE - 1) // TILE - first
 
 

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor
 
 from squall.kernels.attention.fp8 import read, value_as
-from squall.kernels.attention.tile import dot_precision, nearest_keys, padded_dim, softcapped
+from squall.kernels.attention.tile import (
+    dot_precision,
+    first_seen,
+    nearest_keys,
+    padded_dim,
+    softcapped,
+)
 from squall.kernels.lang import tl, triton
 from squall.kernels.launch import kernel
 from squall.kernels.tuning import Config, tuned
@@ -82,12 +88,12 @@ def _attend(  # type: ignore[no-untyped-def]
         if MASKED:
             key = tile * TILE + tl.arange(0, TILE)
             visible = key[None, :] <= positions[:, None]
-            if WINDOW > 0:
-                visible = visible & (key[None, :] > positions[:, None] - WINDOW)
+            if WINDOW != 0:
+                visible = visible & (key[None, :] >= first_seen(positions, WINDOW)[:, None])
             scores = tl.where(visible, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, axis=1))
         base = new_peak
-        if MASKED and WINDOW > 0:
+        if MASKED and WINDOW != 0:
             # A row that has seen nothing yet: -inf - -inf would be NaN.
             base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(scores - base[:, None])
@@ -166,10 +172,10 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     v_base = v_ptr + kv_head * DIM
     first_key = 0
     open_from = 0
-    if WINDOW > 0:
+    if WINDOW != 0:
         # Keys that some rows see and others no longer do.
-        first_key = tl.maximum(first_position - WINDOW + 1, 0)
-        open_from = (tl.maximum(last_position - WINDOW + 1, 0) + TILE - 1) // TILE
+        first_key = tl.maximum(first_seen(first_position, WINDOW), 0)
+        open_from = (tl.maximum(first_seen(last_position, WINDOW), 0) + TILE - 1) // TILE
         open_from = tl.minimum(open_from, (last_position + TILE) // TILE)
         peak, total, acc = _attend(
             q, peak, total, acc, first_key // TILE, open_from, positions, first_key, context,

@@ -23,6 +23,7 @@ from squall.kernels.attention.decode import decode
 from squall.kernels.attention.gather import gather_kv_launcher
 from squall.kernels.attention.paged import build_batch, check, paged_attention
 from squall.kernels.attention.prefill import prefill
+from squall.kernels.attention.window import sees_all
 from squall.kernels.cases import BF16, Case
 from squall.kernels.op import op
 
@@ -74,7 +75,7 @@ def _kind(length: int, context: int, window: int, dense: bool) -> str:
     """Where a sequence goes."""
     if length == 1:
         return "decode"
-    whole = length == context and not 0 < window < context
+    whole = length == context and sees_all(context, window)
     return "dense" if dense and whole and length >= DENSE_FROM else "paged"
 
 
@@ -170,9 +171,11 @@ _LONG = ((1, 300), (1100, 1100), (1025, 1025), (50, 900), (1, 1), (2000, 2000))
 def _cases() -> Iterator[Case]:
     yield _case("short", _SHORT, (4, 2, 16), aot=BF16)
     yield _case("short-all", _SHORT, (4, 2, 24), (8, 20.0), "fp8 sinks")
+    yield _case("short-chunk", _SHORT, (4, 2, 16), (-8, 0.0))
     yield _case("empty", (), (4, 2, 16))
     yield _case("long", _LONG, (8, 2, 128))
     yield _case("long-fp8", _LONG, (4, 4, 64), (1500, 0.0), "fp8")
+    yield _case("long-chunk", _LONG, (8, 2, 128), (-1100, 0.0))
     yield _case("one", ((1300, 1300),), (7, 1, 96))
 
 

@@ -30,8 +30,21 @@ def softcapped(products, scale, softcap, SOFTCAP: tl.constexpr):  # type: ignore
 
 
 @triton.jit
+def first_seen(position, WINDOW: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first key that the query at ``position`` sees (``window.py``); less than zero where a
+    sliding window reaches beyond the beginning, or where there is no query (position -1)."""
+    if WINDOW < 0:
+        CHUNK: tl.constexpr = -WINDOW
+        return position // CHUNK * CHUNK
+    elif WINDOW > 0:
+        return position - (WINDOW - 1)
+    else:
+        return position * 0
+
+
+@triton.jit
 def nearest_keys(tile, first_key, context, TILE: tl.constexpr, WINDOW: tl.constexpr):  # type: ignore[no-untyped-def]
     """Keys of a tile. Those outside [first_key, context) are replaced by the nearest one inside:
     nothing else is ever read, so what must be masked is finite (0 * NaN would be NaN)."""
     key = tl.minimum(tile * TILE + tl.arange(0, TILE), context - 1)
-    return tl.maximum(key, first_key) if WINDOW > 0 else key
+    return tl.maximum(key, first_key) if WINDOW != 0 else key

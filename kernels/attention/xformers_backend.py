@@ -55,7 +55,8 @@ def refusal(
     head_dim: int, block_size: int, dtypes: tuple[torch.dtype, torch.dtype], features: set[str]
 ) -> str | None:
     """Why a model cannot use xformers, in one line, or None. ``dtypes`` are those of the queries
-    and of the cache, ``features`` what its attention has of "window", "softcap", "sinks"."""
+    and of the cache, ``features`` what its attention has of "window",
+    "chunks", "softcap", "sinks"."""
     if features:
         return f"xformers' paged attention has no {', no '.join(sorted(features))}"
     if head_dim not in HEAD_DIMS:
@@ -92,7 +93,12 @@ def paged_attention(
     """Raises ``ValueError`` for what ``refusal`` names."""
     tokens, heads, dim = q.shape
     block_size, kv_heads = k_cache.shape[1:3]
-    features = {"window": window > 0, "softcap": softcap > 0, "sinks": sinks is not None}
+    features = {
+        "window": window > 0,
+        "chunks": window < 0,
+        "softcap": softcap > 0,
+        "sinks": sinks is not None,
+    }
     asked = {name for name, there in features.items() if there}
     reason = refusal(dim, block_size, (q.dtype, k_cache.dtype), asked)
     if reason is not None:

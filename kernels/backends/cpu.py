@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from squall.kernels.attention.window import first_key
 from squall.kernels.backends.device import Backend
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def paged_attention(
         begin, end = starts[s], starts[s + 1]
         if begin == end or context == 0:
             continue
-        first = max(0, context - (end - begin) + 1 - window) if window else 0
+        first = max(0, first_key(context - (end - begin), window))
         used = tables[s, first // block_size : -(-context // block_size)].tolist()
         k = _keys(k_cache, used, first, context)
         v = _keys(v_cache, used, first, context)
@@ -97,7 +98,8 @@ def _sequence(
 ) -> Tensor:
     """``q [n, H, D]``, the last n positions of ``k``, ``v`` ``[KV, 1, c, D]``, to dense [n, H, D].
 
-    The first key is one that the first query sees.
+    The first key is one that the first query sees; with chunks it begins one, so that places count
+    from there.
     """
     n, heads, dim = q.shape
     kv_heads, _, context, _ = k.shape
@@ -111,13 +113,13 @@ def _sequence(
     out = torch.empty((n, heads, dim), dtype=q.dtype)
     for low in range(0, n, _ROWS):
         high = min(n, low + _ROWS)
-        first = max(0, context - n + low + 1 - window) if window else 0
+        first = max(0, first_key(context - n + low, window))
         end = context - n + high
         positions = torch.arange(context - n + low, end).unsqueeze(1)
         keys = torch.arange(first, end)
         visible = keys <= positions
         if window:
-            visible &= keys > positions - window
+            visible &= keys >= first_key(positions, window)
         chunk = q[low:high], k[:, :, first:end], v[:, :, first:end], visible, scale
         out[low:high] = _fused(*chunk) if plain else _explicit(*chunk, softcap, sinks)
     return out

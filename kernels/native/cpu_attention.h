@@ -16,7 +16,8 @@ typedef struct {
     const int32_t *tables, *contexts;
     float *out, *scores;
     int64_t heads, kv_heads, dim, block_size, table_stride, token_stride, head_stride, room;
-    int64_t window, share; /* share: query heads of one kv head that a thread does */
+    int64_t window; /* as attention/window.py says */
+    int64_t share;  /* query heads of one kv head that a thread does */
     float scale, softcap;
 } Decode;
 
@@ -222,6 +223,14 @@ static void softmax(float *row, int64_t count, float softcap, const float *sink)
         row[j] *= share;
 }
 
+/* The first key that the query at `position` sees. */
+INLINE int64_t first_key(int64_t position, int64_t window)
+{
+    if (window < 0)
+        return position - position % -window;
+    return window && position >= window ? position - window + 1 : 0;
+}
+
 /* `heads` query heads, from `head` on, of one kv head of one sequence. Both numbers are constants
  * where inlined. */
 INLINE void decode_tile(const Decode *a, int64_t s, int64_t head, int heads, int64_t dim)
@@ -232,7 +241,7 @@ INLINE void decode_tile(const Decode *a, int64_t s, int64_t head, int heads, int
         .q = a->q + s * a->token_stride + head * a->head_stride,
         .scores = a->scores + (s * a->heads + head) * a->room,
         .kv = head / (a->heads / a->kv_heads),
-        .first = a->window && context > a->window ? context - a->window : 0,
+        .first = first_key(context - 1, a->window),
         .end = context,
     };
     score_keys(a, &tile, heads, dim);

@@ -1,5 +1,5 @@
-"""Models with sliding windows through the engine, well past the window, against transformers: in a
-cache that has room for all, and in one that has not by far."""
+"""Models with sliding windows or chunks through the engine, well past them, against transformers:
+in a cache that has room for all, and in one that has not by far."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from squall.runtime.runner import Launched, Runner
 from squall.runtime.sample_plan import SampleRow
 from squall.runtime.scheduler import Chunk, Limits
 from squall.runtime.startup import start_engine
-from tests.e2e.test_golden_logits import SIZES, save_random
+from tests.e2e.test_golden_logits import LLAMA4, SIZES, save_random
 
 CPU = torch.device("cpu")
 LENGTH = 130
@@ -43,6 +43,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 9, "num_hidden_layers": 4}),
     "mistral": ("Mistral", {"sliding_window": 21, "head_dim": 16}),
+    # chunks that end within blocks, and chunks of whole blocks
+    "llama4": ("Llama4Text", LLAMA4 | {"attention_chunk_size": 20}),
+    "llama4-blocks": ("Llama4Text", LLAMA4 | {"attention_chunk_size": 24}),
 }
 
 

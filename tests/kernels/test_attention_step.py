@@ -12,6 +12,7 @@ from squall.kernels.attention.fp8 import to_cache_dtype
 from squall.kernels.attention.paged import paged_attention
 from squall.kernels.attention.rope_store import rope_store_kv
 from squall.kernels.cases import ERROR_LIMITS, Case, relative_error, results
+from tests.kernels.test_reference import seen_keys
 
 CPU, DTYPES = torch.device("cpu"), (torch.float32, torch.float16, torch.bfloat16)
 ROWS = [
@@ -71,7 +72,7 @@ def naive(
             k = turned(x[t, heads : heads + kv_heads], k_norm, eps, angles)
             k_cache[place] = to_cache_dtype(k, k_cache.dtype)
             v_cache[place] = to_cache_dtype(x[t, heads + kv_heads :], v_cache.dtype)
-        keys = torch.arange(max(0, context - window) if window else 0, context)
+        keys = seen_keys(context - 1, window)
         places = tables[s, keys // size].long(), keys % size
         for head in range(heads):
             kv = head * kv_heads // heads

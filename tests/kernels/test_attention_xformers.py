@@ -61,9 +61,10 @@ def test_refusals(
     assert got is None if reason is None else reason in str(got)
 
 
-def test_a_refused_call_says_why() -> None:
-    args = build_batch(((1, 20),), (4, 2, 64), 16, (8, 2.0), BF16, CPU, "sinks")
-    with pytest.raises(ValueError, match="has no sinks, no softcap, no window"):
+@pytest.mark.parametrize(("window", "name"), [(8, "no window"), (-8, "has no chunks, no sinks")])
+def test_a_refused_call_says_why(window: int, name: str) -> None:
+    args = build_batch(((1, 20),), (4, 2, 64), 16, (window, 2.0), BF16, CPU, "sinks")
+    with pytest.raises(ValueError, match=name):
         backend.paged_attention(*args)
 
 

@@ -27,7 +27,9 @@ def test_native_matches_the_reference(case: Case, check_results) -> None:
 
 
 @pytest.mark.parametrize("dim", [16, 64, 80, 128, 256])
-@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (7, 0.0), (0, 5.0), (9, 3.0)])
+@pytest.mark.parametrize(
+    ("window", "softcap"), [(0, 0.0), (7, 0.0), (0, 5.0), (9, 3.0), (-8, 0.0), (-30, 3.0)]
+)
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_decode_attention(dim: int, window: int, softcap: float, sinks: bool, threads: int) -> None:

@@ -111,6 +111,14 @@ def naive_gather_kv(
     )
 
 
+def seen_keys(position: int, window: int) -> Tensor:
+    """Keys that a query sees: all, the last ``window``, or those of its own chunk."""
+    keys = torch.arange(position + 1)
+    if window < 0:
+        return keys[keys // -window == position // -window]
+    return keys[-window:]
+
+
 def naive_paged_attention(
     q: Tensor,
     k_cache: Tensor,
@@ -132,8 +140,7 @@ def naive_paged_attention(
         begin, end = query_start[s : s + 2].tolist()
         for t in range(begin, end) if context else ():
             position = context - (end - t)
-            first = max(0, position - window + 1) if window else 0
-            keys = torch.arange(first, position + 1)
+            keys = seen_keys(position, window)
             places = (tables[s, keys // size].long(), keys % size)
             k, v = k_cache.to(q.dtype)[places].double(), v_cache.to(q.dtype)[places].double()
             kv_of_head = torch.arange(q.shape[1]) // (q.shape[1] // kv_heads)

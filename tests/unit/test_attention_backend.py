@@ -47,5 +47,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xformers_backend, "probe", lambda: None)
     with pytest.raises(OptionError, match="has no window; accepted here"):
         chosen("xformers", window=9)
+    with pytest.raises(OptionError, match="has no chunks; accepted here"):
+        chosen("xformers", window=-9)
     with pytest.raises(OptionError, match="it needs a CUDA GPU, not cpu; accepted here"):
         chosen("xformers", device="cpu")

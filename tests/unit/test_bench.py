@@ -23,6 +23,7 @@ from squall.bench.machine import (
     matmul_weights,
     prefill_floor_s,
     streamed_bytes,
+    visible_pairs,
     visible_tokens,
 )
 from squall.bench.measure import Load
@@ -221,6 +222,16 @@ def test_random_blocks_look_like_weights(name: str) -> None:
 def test_a_window_limits_what_a_layer_sees() -> None:
     assert visible_tokens(TINY, 5) == [5, 5]
     assert visible_tokens(TINY, 50) == [50, 8]
+    chunked = replace(TINY, layers=(LayerConfig(-8), LayerConfig(-50)))
+    assert visible_tokens(chunked, 16) == [8, 16]
+    assert visible_tokens(chunked, 17) == [1, 17]
+
+
+@pytest.mark.parametrize("window", [0, 1, 7, 40, -1, -7, -20, -40])
+def test_pairs_of_a_prompt_are_those_of_its_tokens(window: int) -> None:
+    config = replace(TINY, layers=(LayerConfig(window),))
+    seen = sum(visible_tokens(config, context)[0] for context in range(1, 41))
+    assert seen == visible_pairs(40, window)
 
 
 def tiny_spec(**options: Any) -> Spec:

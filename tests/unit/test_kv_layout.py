@@ -40,6 +40,8 @@ def test_layers_of_one_kind_are_one_group(window: int) -> None:
 def test_a_window_as_long_as_the_context_is_none() -> None:
     assert layout([4096, 0, 4096], 4096) == KVLayout((0,), (0, 0, 0), (0, 1, 2))
     assert layout([4096, 0, 4096], 4097).windows == (0, 4096, 4096)
+    assert layout([-4096, 0, -4096], 4096) == KVLayout((0,), (0, 0, 0), (0, 1, 2))
+    assert layout([-4096, 0, -4096], 4097).windows == (-4096, -4096, 0)
 
 
 def test_groups_of_equal_size_share_places() -> None:
@@ -59,6 +61,7 @@ def test_groups_of_equal_size_share_places() -> None:
         pytest.param(12, 12, (1, 1), 12, id="GPT-OSS 20B"),
         pytest.param(8, 24, (1, 3), 8, id="OLMo 3 7B"),
         pytest.param(17, 16, (1, 1), 17, id="one more"),
+        pytest.param(12, 36, (1, 3), 12, id="Llama 4"),
         pytest.param(27, 1, (7, 1), 4, id="one alone"),
     ],
 )
@@ -68,7 +71,7 @@ def test_group_sizes(full: int, sliding: int, groups: tuple[int, int], layers: i
     assert found.group_layers == layers
 
 
-@given(st.lists(st.sampled_from([0, 5, 512, 4096]), min_size=1, max_size=90))
+@given(st.lists(st.sampled_from([0, 5, -5, 512, -4096]), min_size=1, max_size=90))
 def test_every_layer_has_its_own_place_in_a_group_of_its_window(windows: list[int]) -> None:
     found = layout(windows)
     assert len(set(zip(found.groups, found.places, strict=True))) == len(windows)

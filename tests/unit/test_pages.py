@@ -15,6 +15,16 @@ def test_blocks_for(tokens: int, block_size: int, blocks: int) -> None:
     assert blocks_for(tokens, block_size) == blocks
 
 
+@pytest.mark.parametrize(
+    ("chunk", "block_size", "blocks"),
+    [(1, 8, 1), (8, 8, 1), (16, 8, 2), (9, 8, 2), (10, 8, 2), (11, 8, 3), (12, 8, 2), (20, 8, 3)],
+)
+def test_blocks_of_a_chunk(chunk: int, block_size: int, blocks: int) -> None:
+    spans = [(p, p + chunk - 1) for p in range(0, 40 * chunk, chunk)]
+    assert max(end // block_size - begin // block_size + 1 for begin, end in spans) == blocks
+    assert blocks_needed(40 * chunk, block_size, (-chunk,)) == blocks
+
+
 @given(st.integers(0, 200), st.integers(1, 9), st.lists(st.integers(0, 40), min_size=1, max_size=3))
 def test_blocks_needed_are_those_that_visible_tokens_lie_in(
     tokens: int, block_size: int, windows: list[int]

@@ -40,7 +40,15 @@ def next_token(tokens: Iterable[int]) -> int:
 
 def seen(tokens: list[int], windows: tuple[int, ...]) -> list[int]:
     """What the newest token sees: in every group of layers all tokens, or the last of them."""
-    return [token for window in windows for token in (tokens[-window:] if window else tokens)]
+    newest = len(tokens) - 1
+    return [token for window in windows for token in tokens[first_seen(newest, window) :]]
+
+
+def first_seen(position: int, window: int) -> int:
+    """The first token that the one at ``position`` sees, its own chunk's where that is limited."""
+    if window < 0:
+        return position // -window * -window
+    return max(0, position - window + 1) if window else 0
 
 
 def expected_output(request: EngineRequest, limits: Limits) -> list[int]:
@@ -171,15 +179,13 @@ class Simulation:
         tokens = [self.token(seq, i) for i in range(end)]
         last: list[int] = []
         for table, window in zip(seq.blocks, self.limits.windows, strict=True):
-            first = max(0, start - window + 1) if window else 0
+            first = first_seen(start, window)
             slots = {i: table[i // size] * size + i % size for i in range(first, end)}
             assert min(slots.values()) >= 0  # no entry that slid out
             for i in range(start, end):
                 self.memory[slots[i]] = tokens[i]
             assert [self.memory[slots[i]] for i in range(first, end)] == tokens[first:]
-            last += [
-                self.memory[slots[i]] for i in range(max(0, end - window) if window else 0, end)
-            ]
+            last += [self.memory[slots[i]] for i in range(first_seen(end - 1, window), end)]
         return next_token(last)
 
     def check_plan(self, step: Plan) -> None:
@@ -236,7 +242,7 @@ class Simulation:
         size, windows = self.limits.block_size, self.limits.windows
         self.check_blocks()
         for seq in self.state.running:
-            first = [max(0, seq.computed - w + 1) // size if w else 0 for w in windows]
+            first = [first_seen(seq.computed, w) // size for w in windows]
             assert seq.slid == first
             # one block more than tokens there are: growth comes after
             assert seq.held <= blocks_needed(seq.computed + 1, size, windows)
@@ -260,7 +266,7 @@ class Simulation:
 
 
 # Mostly one group with full attention, as most models are.
-WINDOWS = st.just((0,)) | st.lists(st.integers(0, 14), min_size=1, max_size=3).map(tuple)
+WINDOWS = st.just((0,)) | st.lists(st.integers(-14, 14), min_size=1, max_size=3).map(tuple)
 
 
 @st.composite
@@ -313,7 +319,7 @@ def test_long_traces_with_a_tiny_pool(seed: int, fifo: bool, ahead: bool) -> Non
     long_trace(seed, (0,), fifo, ahead)
 
 
-@pytest.mark.parametrize("windows", [(20,), (0, 7), (0, 12, 12, 5)])
+@pytest.mark.parametrize("windows", [(20,), (0, 7), (0, 12, 12, 5), (-20,), (-12, -12, 0)])
 @pytest.mark.parametrize("seed", range(2))
 def test_long_traces_with_windows(seed: int, windows: tuple[int, ...]) -> None:
     long_trace(seed, windows, fifo=seed > 0, ahead=True)
@@ -344,7 +350,9 @@ def long_trace(seed: int, windows: tuple[int, ...], fifo: bool, ahead: bool) -> 
     assert sim.state.preemptions > (3 if any(windows) else 10)
 
 
-@pytest.mark.parametrize(("windows", "tiny"), [((0,), 14), ((0, 6), 18), ((20, 20), 14)])
+@pytest.mark.parametrize(
+    ("windows", "tiny"), [((0,), 14), ((0, 6), 18), ((20, 20), 14), ((-8, 0), 18)]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_a_tiny_pool_and_a_huge_one_give_the_same_output(
     seed: int, windows: tuple[int, ...], tiny: int

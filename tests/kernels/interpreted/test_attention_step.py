@@ -25,6 +25,9 @@ CASES = (
     (((0, 50), (1, 64)), SMALL, 0, "norm", 16, 16),
     (UNEVEN, SMALL, 0, "int64", 32, 32),
     (UNEVEN, SMALL, 70, "norm skip sinks", 16, 16),
+    (ONE, SMALL, -150, "norm", 16, 32),
+    (((1, 321), (1, 320), (0, 0), (1, 0), (1, 200), (1, 33)), SMALL, -160, "sinks", 16, 16),
+    (((1, 321), (1, 33)), WIDE, -32, "norm skip", 32, 32),  # a first token of a chunk
     (tuple((1, 5 + 7 * i) for i in range(17)), SMALL, 0, "sinks", 32, 32),
 )
 
