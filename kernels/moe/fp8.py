@@ -176,6 +176,7 @@ def _cases() -> Iterator[Case]:
     yield _case((9, 256, 128), (32, 4), normed=True, aot=(*half, torch.float32))
     yield _case((6, 200, 330), (5, 2), "gelu_tanh", normed=True, aot=BF16)
     yield _case((33, 45, 23), (4, 2), aot=BF16)  # rows of odd length
+    yield _case((25, 128, 48), (3, 1), aot=BF16)
     yield _case((70, 128, 96), (3, 1), aot=BF16)
     yield _case((90, 256, 136), (2, 2), aot=half)
     yield _case((300, 32, 16), (2, 2))

@@ -93,8 +93,6 @@ def rule(block: int, dtype: torch.dtype) -> Config:
         return {"block_n": 64, "block_k": 32, "warps": 4, "stages": 2}
     if block <= 32:
         return {"block_n": 64, "block_k": BLOCK, "warps": 4, "stages": 4}
-    if block <= 64:
-        return {"block_n": 128, "block_k": BLOCK, "warps": 8, "stages": 3}
     return {"block_n": 128, "block_k": BLOCK, "warps": 8, "stages": 3}
 
 
