@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from squall.kernels.moe.experts import BlockExperts, DenseExperts, Experts, place_experts
+from squall.kernels.moe.experts import (
+    BlockExperts,
+    DenseExperts,
+    Experts,
+    Fp8Experts,
+    place_experts,
+)
+from squall.kernels.moe.fp8 import row_height
 from squall.kernels.quant.base import QuantFormat, gguf_formats
 from squall.kernels.quant.fp8 import blocks_of
 from squall.kernels.quant.fp8_weight import Fp8Weight
@@ -97,9 +104,12 @@ class SafetensorsWeights(_FileWeights):
 
     def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
         shape = (out_features, in_features)
-        if self._folder.info(name).dtype == torch.float8_e4m3fn:
+        if self._is_fp8(name):
             return self._fp8(name, shape)
         return DenseWeight(self._place(self._read(name, shape), self.dtype))
+
+    def _is_fp8(self, name: str) -> bool:
+        return self._folder.info(name).dtype == torch.float8_e4m3fn
 
     def _fp8(self, name: str, shape: tuple[int, int]) -> Fp8Weight:
         """An FP8 matrix and its scales, ``<name>_scale_inv``."""
@@ -121,6 +131,11 @@ class SafetensorsWeights(_FileWeights):
     def experts(self, prefix: str, moe: MoEConfig, hidden: int) -> Experts:
         count, inner = moe.experts, moe.intermediate_size
         up, down = [prefix + name for name in moe.gate_up], [prefix + moe.down]
+        if "{}" in up[0] and self._is_fp8(up[0].format(0)):
+            assert moe.biases is None, moe.biases
+            gate_up_codes = self._fp8_stack(up, count, 2 * inner, hidden, row_height(inner))
+            down_codes = self._fp8_stack(down, count, hidden, inner, row_height(hidden))
+            return Fp8Experts(*gate_up_codes, *down_codes, self.dtype)
         up_bias = down_bias = None
         if moe.biases is not None:
             names = [prefix + name for name in moe.biases]
@@ -159,15 +174,25 @@ class SafetensorsWeights(_FileWeights):
         places = data.view(count, len(names), -1, in_features)
         for expert, (i, name) in itertools.product(range(count), enumerate(names)):
             place = places[expert, i]
-            place.copy_(self._expert(name.format(expert), place.shape))
+            place.copy_(self._stacked(name.format(expert), *place.shape))
         return data
 
-    def _expert(self, name: str, shape: torch.Size) -> Tensor:
-        """One expert's matrix. FP8 is expanded: the experts' products have no kernel for it."""
-        if self._folder.info(name).dtype == torch.float8_e4m3fn:
-            rows = torch.arange(shape[0], device=self.device)
-            return self._fp8(name, (shape[0], shape[1])).rows(rows, self.dtype)
-        return self._place(self._read(name, tuple(shape)), self.dtype)
+    def _fp8_stack(
+        self, names: list[str], count: int, rows: int, in_features: int, height: int
+    ) -> tuple[Tensor, Tensor]:
+        """The FP8 matrices ``names`` of all experts, one below the other in each of them: codes
+        ``[count, rows, in_features]``, and scales of ``height`` rows, which divide a matrix."""
+        parts = len(names)
+        own = rows // parts
+        shape = count, parts, own, in_features
+        data = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        shape = count, parts, own // height, blocks_of(in_features)
+        scales = torch.empty(shape, dtype=torch.float32, device=self.device)
+        for expert, (i, name) in itertools.product(range(count), enumerate(names)):
+            weight = self._fp8(name.format(expert), (own, in_features))
+            data[expert, i] = weight.data
+            scales[expert, i] = weight.lowered(height)
+        return data.flatten(1, 2), scales.flatten(1, 2)
 
     def _stacked(self, name: str, *shape: int) -> Tensor:
         return self._place(self._read(name, shape), self.dtype)

@@ -1,7 +1,7 @@
 """The experts of a layer, as the models see them.
 
-As with :mod:`squall.kernels.weight`, classes differ in how numbers are kept: plain floats, a GGUF
-file's blocks (CPUs), or these repacked for a GPU.
+As with :mod:`squall.kernels.weight`, classes differ in how numbers are kept: plain floats, FP8 with
+scales by block, a GGUF file's blocks (CPUs), or these repacked for a GPU.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.moe.dense import add_experts, dense_experts
+from squall.kernels.moe.fp8 import fp8_experts
 from squall.kernels.moe.planes import plane_experts
 from squall.kernels.quant.base import QuantFormat
 from squall.kernels.quant.matmul import quant_matmul
@@ -60,6 +61,38 @@ class DenseExperts:
         weights = self.gate_up, self.gate_up_bias, self.down, self.down_bias
         source = routed.x, routed.norm, routed.eps
         dense_experts(*source, *weights, routed.ids, routed.weights, activation, stream)
+
+
+@dataclass(frozen=True)
+class Fp8Experts:
+    """FP8 codes and scales of :mod:`squall.kernels.moe.fp8`; ``dtype`` is the model's."""
+
+    gate_up: Tensor
+    gate_up_scales: Tensor
+    down: Tensor
+    down_scales: Tensor
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        tensors = self.gate_up, self.gate_up_scales, self.down, self.down_scales
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def add_to(self, stream: Tensor, routed: Routed, activation: str) -> None:
+        fp8_experts(
+            routed.x,
+            routed.norm,
+            routed.eps,
+            self.gate_up,
+            self.gate_up_scales,
+            self.down,
+            self.down_scales,
+            routed.ids,
+            routed.weights,
+            activation,
+            self.dtype,
+            stream,
+        )
 
 
 Blocks = tuple[QuantFormat, Tensor]

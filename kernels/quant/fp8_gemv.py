@@ -10,6 +10,10 @@ bfloat16 or float32 (with ``norm`` float32), K a multiple of 16; the weight as i
 :mod:`squall.kernels.quant.fp8`, its rows aligned to 16 bytes; the epilogue is
 ``linear_epilogue.Epilogue``. Neither x nor weights are rounded; sums are float32.
 
+With experts, data and scales are those of all experts, one below the other, and a row of the result
+is the product of a row of x with the expert that ``ids`` (int32 ``[P]``) names: row ``i`` of
+``[P, F]`` takes row ``i // share`` of x.
+
 A thread owns chunks of 16 columns, which share a scale: it multiplies the sum of a chunk. All
 tensors are ``[1, weight rows, chunks, words]``, so nothing crosses threads before the last sum.
 """
@@ -94,6 +98,7 @@ def _fp8_gemv_kernel(  # type: ignore[no-untyped-def]
     scales_ptr,
     bias_ptr,
     y_ptr,
+    ids_ptr,
     features,
     w_stride,
     scales_stride,
@@ -105,10 +110,20 @@ def _fp8_gemv_kernel(  # type: ignore[no-untyped-def]
     ADD: tl.constexpr,
     TILE: tl.constexpr,
     PDL: tl.constexpr,
+    SHARE: tl.constexpr,
 ):
-    """Grid (programs,), any number. ``w`` and ``w_stride`` are in int32 words; CHUNKS >= K / 16."""
+    """Grid (programs, rows of the result), any number of programs; without ``ids_ptr`` one row.
+    ``w`` and ``w_stride`` are in int32 words; CHUNKS >= K / 16."""
     GATED: tl.constexpr = ACTIVATION != "none"
     OUT: tl.constexpr = TILE // 2 if GATED else TILE
+    if ids_ptr is not None:  # which weight it is has to be waited for
+        wait_for_inputs(PDL)
+        pair = tl.program_id(1).to(tl.int64)
+        first_row = tl.load(ids_ptr + pair).to(tl.int64) * (features * (2 if GATED else 1))
+        x_ptr += pair // SHARE * K
+        y_ptr += pair * features
+        w_ptr += first_row * w_stride
+        scales_ptr += first_row // HEIGHT * scales_stride
     tiles = (features + OUT - 1) // OUT
     step = tl.num_programs(0)
     tile = tl.program_id(0)
@@ -117,7 +132,8 @@ def _fp8_gemv_kernel(  # type: ignore[no-untyped-def]
         w_ptr, scales_ptr, tile, tiles, features, w_stride, scales_stride, chunk,
         K, HEIGHT, TILE, GATED,
     )  # fmt: skip
-    wait_for_inputs(PDL)
+    if ids_ptr is None:
+        wait_for_inputs(PDL)
 
     x0, x1, x2, x3 = _load_x(x_ptr, chunk, K)
     factor = 256.0
@@ -197,7 +213,38 @@ def gemv(
     programs = min(tiles, config["programs"] * multiprocessors(data.device))
     pdl = dependent_launch(data.device)
     _fp8_gemv_kernel[(programs,)](
-        x, norm, data.view(torch.int32), scales, epilogue.bias, epilogue.out, epilogue.features,
-        data.stride(0) // 4, scales.stride(0), eps, k, _kept(k), height, epilogue.activation,
-        epilogue.add, rows, bool(pdl), num_warps=config["warps"], **pdl,
+        x, norm, data.view(torch.int32), scales, epilogue.bias, epilogue.out, None,
+        epilogue.features, data.stride(0) // 4, scales.stride(0), eps, k, _kept(k), height,
+        epilogue.activation, epilogue.add, rows, bool(pdl), 1, num_warps=config["warps"], **pdl,
+    )  # fmt: skip
+
+
+def expert_gemv(
+    x: Tensor,
+    data: Tensor,
+    scales: Tensor,
+    ids: Tensor,
+    activation: str,
+    out: Tensor,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """``out [P, F] = act(x' w[ids]^T)``: ``x [P / share, K]`` and ``out`` contiguous, ``ids`` int32
+    of P elements, ``data [E, N, K]`` and ``scales [E, N / height, blocks of K]`` contiguous."""
+    (pairs, features), (_, n, k) = out.shape, data.shape
+    assert data.is_contiguous() and scales.is_contiguous(), "weights must be dense"  # noqa: PT018
+    assert x.is_contiguous() and out.is_contiguous(), "rows must be dense"  # noqa: PT018
+    assert norm is None or (norm.dtype == x.dtype == torch.float32), "norm"
+    assert n == features * (1 + (activation != "none")), f"data {data.shape}, out {out.shape}"
+    assert supports(data[0]), f"data {data.shape}"
+    assert x.shape[1] == k and pairs % x.shape[0] == 0, f"x {x.shape}"  # noqa: PT018
+    assert ids.numel() == pairs and ids.dtype == torch.int32, f"ids {ids.shape}"  # noqa: PT018
+    config = rule(k)
+    rows, device = config["rows"], data.device
+    programs = min(-(-n // rows), -(-config["programs"] * multiprocessors(device) // pairs))
+    pdl = dependent_launch(device)
+    _fp8_gemv_kernel[(programs, pairs)](
+        x, norm, data.view(torch.int32), scales, None, out, ids, features, k // 4,
+        scales.shape[2], eps, k, _kept(k), n // scales.shape[1], activation, False, rows,
+        bool(pdl), pairs // x.shape[0], num_warps=config["warps"], **pdl,
     )  # fmt: skip

@@ -30,7 +30,7 @@ MAX_ROWS = 256
 
 
 @triton.jit
-def _numbers(words, DTYPE: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
+def numbers(words, DTYPE: tl.constexpr, PTX: tl.constexpr):  # type: ignore[no-untyped-def]
     """int16 words of two codes ``[N, X]`` -> DTYPE (float16, bfloat16) ``[N, 2 X]``, by 256."""
     words = words.to(tl.int32)
     if PTX and tl.float16 == DTYPE:
@@ -119,7 +119,7 @@ def _fp8_skinny_kernel(  # type: ignore[no-untyped-def]
             w_mask = word < (K - k) // 2
             words = tl.load(w_tile + k // 2, mask=w_mask, other=0, eviction_policy="evict_first")
             x = tl.load(x_tile + k, mask=x_mask & inside[:, None], other=0.0)
-        z += tl.dot(_numbers(words, x.dtype, PTX), x) * scale[:, None]
+        z += tl.dot(numbers(words, x.dtype, PTX), x) * scale[:, None]
 
     if SPLIT == 1:
         finish_tile(z, bias_ptr, y_ptr, row, rows, features, y_stride, tile, ACTIVATION, ADD)

@@ -64,7 +64,7 @@ class Fp8Weight:
         scales = self.scales[ids // self.height]
         return Fp8Weight(self.data[ids], scales, self.dtype, height=1)
 
-    def _lowered(self, height: int) -> Tensor:
+    def lowered(self, height: int) -> Tensor:
         """Scales for blocks of ``height`` rows, which divides this weight's."""
         scales = self.scales.repeat_interleave(self.height // height, 0)
         return scales[: -(-self.out_features // height)]
@@ -76,5 +76,5 @@ def merge_fp8(weights: Sequence[Fp8Weight]) -> Fp8Weight:
     *starts, _ = accumulate(weight.out_features for weight in weights)
     height = math.gcd(*(weight.height for weight in weights), *starts)
     data = torch.cat([weight.data for weight in weights])
-    scales = torch.cat([weight._lowered(height) for weight in weights])
+    scales = torch.cat([weight.lowered(height) for weight in weights])
     return Fp8Weight(data, scales, weights[0].dtype, height)

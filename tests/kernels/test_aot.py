@@ -42,6 +42,7 @@ KERNELS = {
     "_fp8_expand_kernel",
     "_fp8_gemv_kernel",
     "_fp8_skinny_kernel",
+    "_fp8_grouped_kernel",
 }
 
 
