@@ -27,6 +27,13 @@ RUNS: Mapping[str, str] = {
     "llama-3.1-8b q8_0": "--batch 1 --prefill none",
     "mistral-7b q4_k_m": "--batch 1 --prefill none",
     "llama-3.2-1b": "--batch 1 --prefill none",
+    "qwen3-30b-a3b": "--batch 1,8,64 --prefill 2048,8192",
+    "qwen3-30b-a3b q4_k_m": "--batch 1 --prefill none",
+    "mixtral-8x7b q4_k_m": "--batch 1 --prefill none",
+    "deepseek-v2-lite": "--batch 1,64 --prompt-len 4096 --prefill none",
+    "gemma-2-9b": "--batch 1 --prefill none",
+    "phi-3.5-mini": "--batch 1 --prefill none",
+    "qwen2.5-7b": "--batch 1 --prefill none",
     "llama-3.1-8b start": "--batch none --prefill none --startup",
 }
 
