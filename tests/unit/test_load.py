@@ -273,3 +273,22 @@ def test_latent_attention_that_makes_no_sense(
 ) -> None:
     with pytest.raises(ModelLoadError, match=re.escape(message)):
         write(tmp_path, DEEPSEEK | changes, deepseek_tensors()).config()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_experts_per_tok": 2}, "num_experts_per_tok: 2 is not supported; accepted: 1"),
+        ({"attention_chunk_size": 0}, "attention_chunk_size: 0 is not accepted"),
+        ({"floor_scale": 0}, "floor_scale: 0 is not accepted"),
+        ({"interleave_moe_layer_step": 0}, "interleave_moe_layer_step: 0 is not accepted"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers: 2 entries for 1 layers"),
+        ({"layer_types": ["sliding_attention"]}, "accepted: full_attention, chunked_attention"),
+        ({"layer_types": ["full_attention"] * 2}, "layer_types: 2 entries for 1 layers"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_llama4_that_makes_no_sense(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    llama4 = {"architectures": ["Llama4ForCausalLM"], "intermediate_size_mlp": 16}
+    with pytest.raises(ModelLoadError, match=re.escape(message)):
+        write(tmp_path, CONFIG | llama4 | changes, tensors()).config()
