@@ -1,0 +1,1 @@
+../../squall/__init__.py

@@ -1,0 +1,1 @@
+../../squall/failures.py

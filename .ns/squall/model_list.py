@@ -1,0 +1,1 @@
+../../squall/model_list.py
