@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.timeout(450)
 def test_kernels_in_the_interpreter() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER)]
+    options = ["-q", "-n", "2", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, str(FOLDER)]
     done = subprocess.run(
         command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=420, check=False
     )

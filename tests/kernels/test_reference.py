@@ -20,6 +20,7 @@ ELSEWHERE = {
     "test_planes": "expand_planes plane_rows plane_gemv plane_gemv_pair plane_gemv_add",
     "test_attention_step": "decode_attention",
     "test_fp8": "fp8_expand fp8_rows fp8_linear fp8_norm_linear fp8_linear_add",
+    "test_fp8_experts": "fp8_experts",
     "test_mla": "mla_query mla_decode mla_prefill gather_latents",
     "test_experts": "route dense_experts plane_experts",
     "test_sample": "sample_tokens_ penalize_ count_tokens_ gather_ids",
