@@ -17,7 +17,13 @@ from squall.models.weights import RandomWeights
 from squall.runtime.engine import Engine
 from squall.runtime.memory import OptionError
 from squall.runtime.options import EngineOptions
-from squall.runtime.startup import DTYPES, build_engine, find_model, start_engine
+from squall.runtime.startup import (
+    DTYPES,
+    build_engine,
+    find_model,
+    longest_context,
+    start_engine,
+)
 
 DENSE = "none"  # the quantisation of a case that has none
 
@@ -77,7 +83,7 @@ def random_model(spec: Spec, device: torch.device) -> Decoder:
         source = RandomWeights(dtype, device)
     else:
         source = QuantisedWeights(spec.quant, config, dtype, device)
-    return build_decoder(config, source, spec.options.max_seq_len or config.max_position)
+    return build_decoder(config, source, longest_context(spec.options, config))
 
 
 def _dtype(spec: Spec, config: DecoderConfig, device: torch.device) -> torch.dtype:

@@ -22,7 +22,6 @@ up to 256 rows; without it, and above, the library has what is beyond 64 rows. f
 the library, without TF32.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -38,11 +37,10 @@ from squall.kernels.activation import (
     silu_mul_launcher,
 )
 from squall.kernels.cases import BF16, BOTH, Case, random
-from squall.kernels.lang import next_power_of_2
 from squall.kernels.linear_epilogue import Epilogue
 from squall.kernels.op import op
 from squall.kernels.rmsnorm import rms_norm, rms_norm_launcher
-from squall.kernels.tuning import Config, Problem, Tunable, tuned
+from squall.kernels.tuning import Config, Problem, Tunable, product_key, row_bucket, tuned
 
 _SCRATCH_WEIGHTS = 4 << 20  # converted to float32 at a time: 16 MiB
 _CUBLAS: Config = MappingProxyType({"cublas": 1})
@@ -121,22 +119,12 @@ def blas_add(x: Tensor, w: Tensor, bias: Tensor | None, stream: Tensor) -> None:
         stream.add_(bias)
 
 
-def _bucket(rows: int) -> int:
-    """Numbers of rows that are tuned, and compiled, together: 1, 8, 16, 32, ..."""
-    return 1 if rows == 1 else max(8, next_power_of_2(rows))
-
-
-@functools.cache
-def _key(n: int, k: int, bucket: int) -> str:
-    return f"n{n}-k{k}-m{bucket}"
-
-
 def _choose(rows: int, w: Tensor, gated: bool) -> Config:
     """How to multiply ``rows`` rows with ``w``."""
-    (n, k), bucket = w.shape, _bucket(rows)
+    (n, k), bucket = w.shape, row_bucket(rows)
     if w.dtype == torch.float32 or bucket > linear_skinny.MAX_ROWS:
         return _CUBLAS
-    found = tuned("linear", _key(n, k, bucket), w.device)
+    found = tuned("linear", product_key(n, k, bucket), w.device)
     if found and "gemm" in found and not linear_gemm.supports(w, gated, found["split"]):
         found = None
     # The table does not say what a weight is for: a tile of one row has no gate and up.
@@ -393,7 +381,7 @@ def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
             ) -> Callable[[Config], None]:
                 return _runner(n, k, rows, device)
 
-            yield Problem(_key(n, k, bucket), 2 * n * k, build, (*found, _CUBLAS))
+            yield Problem(product_key(n, k, bucket), 2 * n * k, build, (*found, _CUBLAS))
 
 
 TUNABLE = Tunable("linear", _problems)

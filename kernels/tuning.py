@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from squall.kernels.lang import next_power_of_2
+
 TABLES = Path(__file__).parent / "tuned"
 
 Config = Mapping[str, int]  # launch parameters of one kernel, by name
@@ -32,6 +34,17 @@ class Problem:
     nbytes: int  # device memory the problem must move once
     build: Callable[[torch.device], Callable[[Config], None]]
     candidates: Sequence[Config]
+
+
+def row_bucket(rows: int) -> int:
+    """Numbers of rows of x that are tuned, and compiled, together: 1, 8, 16, 32, ..."""
+    return 1 if rows == 1 else max(8, next_power_of_2(rows))
+
+
+@functools.cache
+def product_key(n: int, k: int, bucket: int) -> str:
+    """A product's name in the tables: a weight ``[n, k]``, and its bucket of rows."""
+    return f"n{n}-k{k}-m{bucket}"
 
 
 @dataclass(frozen=True)

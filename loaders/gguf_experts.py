@@ -93,7 +93,7 @@ def glm4moe(source: Source, config: dict[str, Any]) -> dict[str, Any]:
     if gating != _SIGMOID:
         raise source.fail("expert_gating_func", f"{gating} is not 2 (sigmoid)")
     return _deepseek(source) | {
-        "use_qk_norm": "blk.0.attn_q_norm.weight" in source.file.tensors,
+        "use_qk_norm": source.has_head_norms(),
         "partial_rotary_factor": config.get("partial_rotary_factor", 1.0),
     }
 

@@ -320,7 +320,7 @@ NAME_MAPS: Mapping[str, NameMap] = MappingProxyType(
         "gemma3": NameMap(block=_BLOCK | _QK_NORM | _GEMMA_NORMS, norm_shift=1.0),
     }
 )
-"""By ``general.architecture``; the same keys as ``gguf_config.ARCHITECTURES``."""
+"""By ``general.architecture``; the same keys as ``gguf_architectures.ARCHITECTURES``."""
 
 
 def unpermute_rows(rows: Tensor, heads: int) -> Tensor:

@@ -25,6 +25,10 @@ class Source:
     def has(self, suffix: str) -> bool:
         return self.key(suffix) in self.file.metadata
 
+    def has_head_norms(self) -> bool:
+        """Whether the heads of q and k are normed."""
+        return "blk.0.attn_q_norm.weight" in self.file.tensors
+
     def size(self, suffix: str, default: int | None = None, minimum: int = 1) -> int:
         """A count; one for each layer is taken when all layers agree."""
         key = self.key(suffix)

@@ -1,8 +1,17 @@
 """Config reads that most architectures share."""
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from squall.models.config import Activation, ConfigReader, LayerConfig, RopeConfig
+from squall.models.config import (
+    Activation,
+    ConfigReader,
+    DecoderConfig,
+    LayerConfig,
+    MoEConfig,
+    RopeConfig,
+)
 
 _GELU: dict[str, Activation] = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 _GATED: dict[str, Activation] = {"silu": "silu", "swish": "silu", **_GELU}
@@ -90,6 +99,14 @@ def read_alternating_layers(reader: ConfigReader, full_every: int) -> tuple[Laye
         window = reader.get_int("sliding_window", 4096)
         windows = tuple(window if (i + 1) % full_every else 0 for i in range(count))
     return tuple(LayerConfig(window, rope=1 if window else 0) for window in windows)
+
+
+def with_experts(
+    config: DecoderConfig, moe: MoEConfig, where: Callable[[int], bool] = lambda layer: True
+) -> DecoderConfig:
+    """``config`` with experts in the layers whose number ``where`` is true for."""
+    layers = tuple(replace(layer, experts=where(i)) for i, layer in enumerate(config.layers))
+    return replace(config, moe=moe, layers=layers)
 
 
 def read_layers(reader: ConfigReader, default_sliding: bool) -> tuple[LayerConfig, ...]:

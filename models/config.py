@@ -1,7 +1,9 @@
 """``DecoderConfig``: everything a text decoder's shape and arithmetic depend on."""
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Protocol
 
 Activation = Literal["silu", "gelu_tanh", "clamped_silu", "relu2", "xielu"]
@@ -215,16 +217,16 @@ class DecoderConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
-    @property
+    @cached_property
     def caches(self) -> tuple[int, ...]:
         """Each layer's place in the cache."""
         places: list[int] = []
+        new = itertools.count()
         for layer in self.layers:
-            new = max(places, default=-1) + 1
-            places.append(new if layer.shares is None else places[layer.shares])
+            places.append(next(new) if layer.shares is None else places[layer.shares])
         return tuple(places)
 
-    @property
+    @cached_property
     def num_caches(self) -> int:
         """Layers with keys and values of their own."""
         return sum(layer.shares is None for layer in self.layers)

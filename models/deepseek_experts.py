@@ -1,7 +1,6 @@
 """The experts of DeepSeek's models, and of those that took them over."""
 
-from dataclasses import replace
-
+from squall.models import common
 from squall.models.config import ConfigReader, DecoderConfig, MoEConfig, RouterConfig
 
 
@@ -24,8 +23,7 @@ def with_experts(
     if moe.experts % router.groups:
         raise reader.fail("n_group", f"{router.groups} does not divide {moe.experts} experts")
     dense = reader.get_int("first_k_dense_replace", 0)
-    layers = tuple(replace(layer, experts=i >= dense) for i, layer in enumerate(config.layers))
-    return replace(config, moe=moe, layers=layers)
+    return common.with_experts(config, moe, lambda layer: layer >= dense)
 
 
 def read_v3_router(reader: ConfigReader) -> RouterConfig:

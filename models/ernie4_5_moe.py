@@ -1,8 +1,7 @@
 """ERNIE 4.5 with experts: chosen by corrected scores, behind some dense layers."""
 
-from dataclasses import replace
-
 from squall.models import ernie4_5
+from squall.models.common import with_experts
 from squall.models.config import ConfigReader, DecoderConfig, MoEConfig, RouterConfig
 
 
@@ -21,8 +20,7 @@ def read_config(reader: ConfigReader) -> DecoderConfig:
     )
     first, last = reader.get_int("moe_layer_start_index", 1), config.num_layers - 1
     end, step = reader.get_int("moe_layer_end_index", -1), reader.get_int("moe_layer_interval", 1)
-    layers = tuple(
-        replace(layer, experts=first <= i <= (last if end == -1 else end) and (i + 1) % step == 0)
-        for i, layer in enumerate(config.layers)
+    last = last if end == -1 else end
+    return with_experts(
+        config, moe, lambda layer: first <= layer <= last and (layer + 1) % step == 0
     )
-    return replace(config, moe=moe, layers=layers)

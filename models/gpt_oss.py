@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from squall.kernels.activation import CLAMP, CLAMPED_SLOPE
 from squall.models import llama
-from squall.models.common import read_alternating_layers
+from squall.models.common import read_alternating_layers, with_experts
 from squall.models.config import ConfigReader, DecoderConfig, MoEConfig, RouterConfig
 
 
@@ -26,16 +26,14 @@ def read_config(reader: ConfigReader) -> DecoderConfig:
         transposed=True,
         interleaved=True,
     )
-    layers = tuple(
-        replace(layer, rope=0, experts=True) for layer in read_alternating_layers(reader, 2)
-    )
+    layers = tuple(replace(layer, rope=0) for layer in read_alternating_layers(reader, 2))
     bias = reader.get_bool("attention_bias", True)
-    return replace(
+    config = replace(
         config,
         activation="clamped_silu",
         qkv_bias=bias,
         o_bias=bias,
         sinks=True,
-        moe=moe,
         layers=layers,
     )
+    return with_experts(config, moe)

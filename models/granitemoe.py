@@ -1,8 +1,7 @@
 """Granite MoE: Granite with experts, and in some of its models an MLP that all tokens share."""
 
-from dataclasses import replace
-
 from squall.models import granite
+from squall.models.common import with_experts
 from squall.models.config import ConfigReader, DecoderConfig, MoEConfig, RouterConfig
 
 
@@ -20,5 +19,4 @@ def read_config(reader: ConfigReader) -> DecoderConfig:
         shared_size=shared,
         shared_names=(("input_linear",), "output_linear"),
     )
-    layers = tuple(replace(layer, experts=True) for layer in config.layers)
-    return replace(config, moe=moe, layers=layers)
+    return with_experts(config, moe)

@@ -1,8 +1,7 @@
 """HunYuan with experts (A13B): the dense model's block, a shared MLP beside the experts."""
 
-from dataclasses import replace
-
 from squall.models import hunyuan_v1_dense
+from squall.models.common import with_experts
 from squall.models.config import ConfigReader, DecoderConfig, MoEConfig, RouterConfig
 
 
@@ -26,5 +25,4 @@ def read_config(reader: ConfigReader) -> DecoderConfig:
         shared="mlp.shared_mlp",
         shared_size=config.intermediate_size,
     )
-    layers = tuple(replace(layer, experts=True) for layer in config.layers)
-    return replace(config, moe=moe, layers=layers)
+    return with_experts(config, moe)

@@ -1,8 +1,6 @@
 """Mixtral: Mistral with experts."""
 
-from dataclasses import replace
-
-from squall.models import mistral
+from squall.models import common, mistral
 from squall.models.config import ConfigReader, DecoderConfig, MoEConfig, RouterConfig
 
 _EXPERT = "block_sparse_moe.experts.{}"
@@ -25,5 +23,4 @@ def with_experts(
         gate_up=(f"{_EXPERT}.w1.weight", f"{_EXPERT}.w3.weight"),
         down=f"{_EXPERT}.w2.weight",
     )
-    layers = tuple(replace(layer, experts=True) for layer in config.layers)
-    return replace(config, moe=moe, layers=layers)
+    return common.with_experts(config, moe)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from squall.models import llama
+from squall.models.common import with_experts
 from squall.models.config import ConfigReader, DecoderConfig, MoEConfig, RouterConfig
 
 
@@ -15,5 +16,4 @@ def read_config(reader: ConfigReader) -> DecoderConfig:
         renormalize=reader.get_bool("norm_topk_prob", False),
     )
     moe = MoEConfig(reader.get_int("num_experts"), config.intermediate_size, router)
-    layers = tuple(replace(layer, experts=True) for layer in config.layers)
-    return replace(config, wide_qk_norm=True, moe=moe, layers=layers)
+    return with_experts(replace(config, wide_qk_norm=True), moe)

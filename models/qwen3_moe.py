@@ -1,8 +1,6 @@
 """Qwen 3 MoE: Qwen 3 with experts in all layers, or in those that the config leaves to them."""
 
-from dataclasses import replace
-
-from squall.models import qwen3
+from squall.models import common, qwen3
 from squall.models.config import ConfigReader, DecoderConfig, MoEConfig, RouterConfig
 
 
@@ -20,8 +18,6 @@ def with_experts(config: DecoderConfig, reader: ConfigReader) -> DecoderConfig:
     moe = MoEConfig(reader.get_int(key), reader.get_int("moe_intermediate_size"), router)
     step = reader.get_int("decoder_sparse_step", 1)
     dense = reader.get_list("mlp_only_layers", None) or []
-    layers = tuple(
-        replace(layer, experts=i not in dense and (i + 1) % step == 0)
-        for i, layer in enumerate(config.layers)
+    return common.with_experts(
+        config, moe, lambda layer: layer not in dense and (layer + 1) % step == 0
     )
-    return replace(config, moe=moe, layers=layers)

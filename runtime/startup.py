@@ -122,9 +122,8 @@ def _build(
     device = resolve_device(options.device)
     config = checkpoint.config()
     dtype = model_dtype(options.dtype, device, checkpoint)
-    check_length(options, config.longest_position)
+    longest = longest_context(options, config)
     choose_attention(config, dtype, device, options)  # tells a wrong choice before loading
-    longest = options.max_seq_len or config.max_position
     model = checkpoint.decoder(device, dtype, longest, progress)
     engine, plan, facts = start_engine(model, options, progress)
     card = ModelCard(
@@ -144,6 +143,13 @@ def _build(
     return engine, card
 
 
+def longest_context(options: EngineOptions, config: DecoderConfig) -> int:
+    """The longest sequence (tokens) that was asked for, or else the model's own. Raises OptionError
+    where the model cannot have it."""
+    check_length(options, config.longest_position)
+    return options.max_seq_len or config.max_position
+
+
 def start_engine(
     model: Decoder, options: EngineOptions, progress: Progress
 ) -> tuple[Engine, KVPlan, MemoryFacts]:
@@ -157,8 +163,7 @@ def start_engine(
     if attend is not None:
         model.use_attention(attend)
     facts = _measure(model, options)
-    check_length(options, config.longest_position)
-    longest = options.max_seq_len or config.max_position
+    longest = longest_context(options, config)
     layout = kv_layout(config, longest)
     block_bytes = layout.block_bytes(config, model.dtype.itemsize, options.pa_blk_size)
     plan = plan_kv(options, facts, block_bytes, longest, layout.windows)
@@ -190,7 +195,7 @@ def _measure(model: Decoder, options: EngineOptions) -> MemoryFacts:
     """Memory as it is with the weights loaded, and the peak of the largest legal step."""
     backend = backend_of(model.device)
     lazy = model.device.type == "cpu"
-    longest = options.max_seq_len or model.config.max_position
+    longest = longest_context(options, model.config)
     budget = token_budget(options, backend.memory(model.device)[1], lazy)
     tokens = min(budget, options.max_seqs * longest)
     on_cpu = model.device.type in ("cpu", "mps")
@@ -208,7 +213,7 @@ def _probe_activations(model: Decoder, tokens: int, options: EngineOptions) -> i
     """Run the largest legal step, every sampling feature on, and read the allocator's peak."""
     module = torch.cuda if model.device.type == "cuda" else torch.xpu
     blocks = -(-tokens // options.pa_blk_size)
-    cache = _cache(model, model.config.num_layers, blocks, options.pa_blk_size)
+    cache = _cache(model, model.config.num_caches, blocks, options.pa_blk_size)
     before = module.memory_allocated(model.device)
     module.reset_peak_memory_stats(model.device)
     batch = probe_batch(model, tokens, options.max_seqs, options.pa_blk_size)

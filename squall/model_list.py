@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.table import Table
 
-from squall.loaders.gguf_config import ARCHITECTURES as GGUF
+from squall.loaders.gguf_architectures import ARCHITECTURES as GGUF
 from squall.models.registry import ARCHITECTURES
 
 # In GGUF files Mistral, Mixtral and InternLM 3 are Llamas, OLMo 3 is an OLMo 2 with a window.

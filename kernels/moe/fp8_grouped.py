@@ -11,8 +11,9 @@ from torch import Tensor
 
 from squall.kernels.lang import TensorDescriptor, describable, tl, wait_for_inputs
 from squall.kernels.launch import kernel
-from squall.kernels.linear_epilogue import finish_tile, weight_rows
+from squall.kernels.linear_epilogue import weight_rows
 from squall.kernels.moe.sort import Tiles
+from squall.kernels.moe.tile import finish_places, tile_places
 from squall.kernels.op import dependent_launch, has_ptx
 from squall.kernels.quant.fp8 import BLOCK, e4m3
 from squall.kernels.quant.fp8_skinny import numbers
@@ -54,11 +55,8 @@ def _fp8_grouped_kernel(  # type: ignore[no-untyped-def]
     wait_for_inputs(PDL)
     rows = tl.load(rows_ptr + m)
     if rows > 0:
-        slot, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-        place = m.to(tl.int64) * BLOCK_M + slot
-        x_row = place
-        if GATHER:
-            x_row = tl.load(order_ptr + place, mask=slot < rows, other=0).to(tl.int64) // SHARE
+        column = tl.arange(0, BLOCK_K)
+        place, inside, x_row = tile_places(m, order_ptr, rows, BLOCK_M, SHARE, GATHER)
         x_tile = x_ptr + (x_row * K)[None, :] + column[:, None]
         first_row = tl.load(experts_ptr + m).to(tl.int64) * (features * (2 if GATED else 1))
         w_row = first_row + weight_rows(tile, features, BLOCK_N, GATED)
@@ -72,19 +70,17 @@ def _fp8_grouped_kernel(  # type: ignore[no-untyped-def]
             if x_desc is not None:
                 x = x_desc.load([m * BLOCK_M, k]).T
             else:
-                inside = (slot < rows)[None, :]
+                mask = inside[None, :]
                 if not EVEN:
-                    inside = inside & (column < K - k)[:, None]
-                x = tl.load(x_tile + k, mask=inside, other=0.0)
+                    mask = mask & (column < K - k)[:, None]
+                x = tl.load(x_tile + k, mask=mask, other=0.0)
             if EVEN:
                 words = tl.load(w_tile + k // CODES)
             else:
                 words = tl.load(w_tile + k // CODES, mask=word < (K - k) // CODES, other=0)
             w = numbers(words, x.dtype, PTX) if CODES == 2 else e4m3(words).to(x.dtype)
             z += tl.dot(w, x, input_precision=PRECISION) * scale[:, None]
-        NOWHERE: tl.constexpr = 1 << 30
-        y_row = tl.where(slot < rows, place, NOWHERE)
-        finish_tile(z, None, y_ptr, y_row, NOWHERE, features, features, tile, ACTIVATION, False)
+        finish_places(z, None, y_ptr, place, inside, features, features, tile, ACTIVATION)
 
 
 def rule(block: int, dtype: torch.dtype) -> Config:

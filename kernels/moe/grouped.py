@@ -22,8 +22,9 @@ from torch import Tensor
 
 from squall.kernels.lang import TensorDescriptor, describable, tl, wait_for_inputs
 from squall.kernels.launch import kernel
-from squall.kernels.linear_epilogue import finish_tile, gate, weight_rows
+from squall.kernels.linear_epilogue import gate, weight_rows
 from squall.kernels.moe.sort import Tiles
+from squall.kernels.moe.tile import finish_places, tile_places
 from squall.kernels.op import dependent_launch
 from squall.kernels.tuning import Config
 
@@ -61,11 +62,8 @@ def _grouped_kernel(  # type: ignore[no-untyped-def]
     rows = tl.load(rows_ptr + m)
     if rows > 0:
         expert = tl.load(experts_ptr + m)
-        slot, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-        place = m.to(tl.int64) * BLOCK_M + slot
-        x_row = place
-        if GATHER:
-            x_row = tl.load(order_ptr + place, mask=slot < rows, other=0).to(tl.int64) // SHARE
+        column = tl.arange(0, BLOCK_K)
+        place, inside, x_row = tile_places(m, order_ptr, rows, BLOCK_M, SHARE, GATHER)
         x_tile = x_ptr + (x_row * K)[None, :] + column[:, None]
         first_row = expert.to(tl.int64) * (features * (2 if GATED else 1))
         feature = tile * (BLOCK_N // 2 if GATED else BLOCK_N)
@@ -78,10 +76,10 @@ def _grouped_kernel(  # type: ignore[no-untyped-def]
             if x_desc is not None:
                 x = x_desc.load([m * BLOCK_M, k]).T
             else:
-                inside = (slot < rows)[None, :]
+                mask = inside[None, :]
                 if not EVEN:
-                    inside = inside & (column < K - k)[:, None]
-                x = tl.load(x_tile + k, mask=inside, other=0.0)
+                    mask = mask & (column < K - k)[:, None]
+                x = tl.load(x_tile + k, mask=mask, other=0.0)
             if w_desc is not None:
                 w = w_desc.load([expert * (2 if GATED else 1), feature, k])
                 w = w.reshape(BLOCK_N, BLOCK_K)
@@ -90,9 +88,7 @@ def _grouped_kernel(  # type: ignore[no-untyped-def]
             z = tl.dot(w, x, z, input_precision=PRECISION)
         if bias_ptr is not None:
             bias_ptr += first_row
-        NOWHERE: tl.constexpr = 1 << 30
-        y_row = tl.where(slot < rows, place, NOWHERE)
-        finish_tile(z, bias_ptr, y_ptr, y_row, NOWHERE, features, features, tile, ACTIVATION, False)
+        finish_places(z, bias_ptr, y_ptr, place, inside, features, features, tile, ACTIVATION)
 
 
 @kernel(do_not_specialize=["features", "tiles"])
@@ -124,16 +120,16 @@ def _large_grouped_kernel(  # type: ignore[no-untyped-def]
     if rows > 0:
         expert = tl.load(experts_ptr + m)
         if x_desc is None:
-            slot, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-            pair = tl.load(order_ptr + m * BLOCK_M + slot, mask=slot < rows, other=0)
-            x_tile = x_ptr + (pair // SHARE).to(tl.int64)[:, None] * K + column[None, :]
+            column = tl.arange(0, BLOCK_K)
+            _, inside, x_row = tile_places(m, order_ptr, rows, BLOCK_M, SHARE, True)
+            x_tile = x_ptr + (x_row * K)[:, None] + column[None, :]
         feature = tile * (HALF if GATED else BLOCK_N)
         z = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for i in range(0, tl.cdiv(K, BLOCK_K)):
             k = i * BLOCK_K
             if x_desc is None:
-                inside = (slot < rows)[:, None] & (column < K - k)[None, :]
-                x = tl.load(x_tile + k, mask=inside, other=0.0)
+                mask = inside[:, None] & (column < K - k)[None, :]
+                x = tl.load(x_tile + k, mask=mask, other=0.0)
             else:
                 x = x_desc.load([m * BLOCK_M, k])
             w = w_desc.load([expert * (2 if GATED else 1), feature, k]).reshape(BLOCK_N, BLOCK_K)

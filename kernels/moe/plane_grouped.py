@@ -8,8 +8,9 @@ from torch import Tensor
 
 from squall.kernels.lang import TensorDescriptor, describable, tl, wait_for_inputs
 from squall.kernels.launch import kernel
-from squall.kernels.linear_epilogue import finish_tile, weight_rows
+from squall.kernels.linear_epilogue import weight_rows
 from squall.kernels.moe.sort import Tiles
+from squall.kernels.moe.tile import finish_places, tile_places
 from squall.kernels.op import dependent_launch, has_ptx
 from squall.kernels.quant.gemm import as_words, described, launch_config
 from squall.kernels.quant.gemm_dequant import GAIN
@@ -65,11 +66,8 @@ def _plane_grouped_kernel(  # type: ignore[no-untyped-def]
     rows = tl.load(rows_ptr + m)
     if rows > 0:
         expert = tl.load(experts_ptr + m)
-        slot, column = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
-        place = m.to(tl.int64) * BLOCK_M + slot
-        x_row = place
-        if GATHER:
-            x_row = tl.load(order_ptr + place, mask=slot < rows, other=0).to(tl.int64) // SHARE
+        column = tl.arange(0, BLOCK_K)
+        place, inside, x_row = tile_places(m, order_ptr, rows, BLOCK_M, SHARE, GATHER)
         x_tile = x_ptr + (x_row * x_stride)[:, None] + column[None, :]
         first_row = expert.to(tl.int64) * (features * (2 if GATED else 1))
         feature = tile * (BLOCK_N // 2 if GATED else BLOCK_N)
@@ -82,8 +80,8 @@ def _plane_grouped_kernel(  # type: ignore[no-untyped-def]
             if x_desc is not None:
                 x = x_desc.load([m * BLOCK_M, i * BLOCK_K])
             else:
-                inside = (slot < rows)[:, None] & (column < K - i * BLOCK_K)[None, :]
-                x = tl.load(x_tile + i * BLOCK_K, mask=inside, other=0.0)
+                mask = inside[:, None] & (column < K - i * BLOCK_K)[None, :]
+                x = tl.load(x_tile + i * BLOCK_K, mask=mask, other=0.0)
             w = load_weights(
                 low_tiles, high_tiles, scales_tile, supers_ptr, w_row * units, matrix, feature, i,
                 LOW_BITS, HIGH_BITS, OFFSET, GROUP, KIND, PAIRED, GAIN, BLOCK_N, BLOCK_K, x.dtype,
@@ -93,9 +91,7 @@ def _plane_grouped_kernel(  # type: ignore[no-untyped-def]
         z *= 1.0 / GAIN
         if bias_ptr is not None:
             bias_ptr += first_row
-        NOWHERE: tl.constexpr = 1 << 30
-        y_row = tl.where(slot < rows, place, NOWHERE)
-        finish_tile(z, bias_ptr, y_ptr, y_row, NOWHERE, features, y_stride, tile, ACTIVATION, False)
+        finish_places(z, bias_ptr, y_ptr, place, inside, features, y_stride, tile, ACTIVATION)
 
 
 def rule(plan: Layout, block: int) -> Config:

@@ -20,7 +20,6 @@ weights expanded to x's dtype, a bounded number of rows at a time, for the vendo
 ``tuned("fp8", "n<N>-k<K>-m<bucket of M>")`` decides up to 256 rows.
 """
 
-import functools
 from collections.abc import Iterator
 from types import MappingProxyType
 
@@ -30,7 +29,6 @@ from torch.nn import functional as F
 
 from squall.kernels.activation import ACTIVATIONS
 from squall.kernels.cases import BF16, BOTH, Case, random
-from squall.kernels.lang import next_power_of_2
 from squall.kernels.linear import blas_add
 from squall.kernels.linear_epilogue import Epilogue
 from squall.kernels.op import op
@@ -44,7 +42,7 @@ from squall.kernels.quant.fp8 import (
 )
 from squall.kernels.quant.scratch import blas_into
 from squall.kernels.rmsnorm import rms_norm, rms_norm_launcher
-from squall.kernels.tuning import Config, tuned
+from squall.kernels.tuning import Config, product_key, row_bucket, tuned
 
 _REFERENCE_WEIGHTS = 4 << 20  # dequantised at a time by the reference: 16 MiB of float32
 _SCRATCH_BYTES = 256 << 20  # of weights expanded at a time
@@ -94,22 +92,12 @@ def fp8_linear_add_reference(
     stream.add_(_product(x, (data, scales, height), bias))
 
 
-def _bucket(rows: int) -> int:
-    """Numbers of rows that are tuned, and compiled, together: 1, 8, 16, 32, ..."""
-    return 1 if rows == 1 else max(8, next_power_of_2(rows))
-
-
-@functools.cache
-def tuning_key(n: int, k: int, bucket: int) -> str:
-    return f"n{n}-k{k}-m{bucket}"
-
-
 def _choose(rows: int, data: Tensor, dtype: torch.dtype) -> Config:
     """How to multiply ``rows`` rows of ``dtype`` (rounded, if they are still to be normalised)."""
-    (n, k), bucket = data.shape, _bucket(rows)
+    (n, k), bucket = data.shape, row_bucket(rows)
     if dtype == torch.float32 or bucket > fp8_skinny.MAX_ROWS or not fp8_skinny.supports(data):
         return EXPAND
-    found = tuned("fp8", tuning_key(n, k, bucket), data.device)
+    found = tuned("fp8", product_key(n, k, bucket), data.device)
     if found is not None and ("gemv" not in found or fp8_gemv.supports(data)):
         return found
     if rows == 1 and fp8_gemv.supports(data):

@@ -13,9 +13,8 @@ from squall.kernels.quant.fp8_linear import (
     multiply,
     multiply_add,
     norm_multiply,
-    tuning_key,
 )
-from squall.kernels.tuning import Config, Problem, Tunable
+from squall.kernels.tuning import Config, Problem, Tunable, product_key
 
 
 def _runner(n: int, k: int, rows: int, device: torch.device) -> Callable[[Config], None]:
@@ -52,7 +51,7 @@ def _problems(shapes: Sequence[tuple[int, int]]) -> Iterator[Problem]:
 
             build = partial(_runner, n, k, bucket)
             nbytes = n * k + 4 * blocks_of(n) * blocks_of(k)
-            yield Problem(tuning_key(n, k, bucket), nbytes, build, (*found, EXPAND))
+            yield Problem(product_key(n, k, bucket), nbytes, build, (*found, EXPAND))
 
 
 TUNABLE = Tunable("fp8", _problems)

@@ -24,7 +24,7 @@ from squall.kernels import linear_gemm, linear_gemv, linear_skinny
 from squall.kernels.cases import ERROR_LIMITS, random, relative_error
 from squall.kernels.counters import counters
 from squall.kernels.linear_epilogue import Epilogue
-from squall.kernels.tuning import Config
+from squall.kernels.tuning import Config, row_bucket
 
 CPU = torch.device("cpu")
 EPS = 1e-5
@@ -304,7 +304,7 @@ def test_variants_on_a_gpu(variant: Variant, dtype: torch.dtype) -> None:
 def test_every_tile_for_hopper_gives_the_product(rows: int, kind: str) -> None:
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs compute capability 9.0")
-    bucket, k = dense._bucket(rows), 4096
+    bucket, k = row_bucket(rows), 4096
     for config in linear_gemm.candidates(bucket, 520, k, kind == "silu"):
         check(Variant(kind, rows, 520, k, config), torch.bfloat16, torch.device("cuda"))
 

@@ -12,7 +12,8 @@ import torch
 
 from squall.loaders.errors import ModelLoadError
 from squall.loaders.gguf import GGUFFile
-from squall.loaders.gguf_config import ARCHITECTURES, gguf_config
+from squall.loaders.gguf_architectures import ARCHITECTURES
+from squall.loaders.gguf_config import gguf_config
 from squall.loaders.gguf_names import NAME_MAPS, unpermute_rows
 from squall.loaders.hf_config import ConfigReader
 from squall.models.config import MLAConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from squall.cli import main
-from squall.loaders.gguf_config import ARCHITECTURES as GGUF
+from squall.loaders.gguf_architectures import ARCHITECTURES as GGUF
 from squall.model_list import markdown, supported
 from squall.models.registry import ARCHITECTURES
 
